@@ -1,0 +1,105 @@
+"""Runs a frozen policy: numpy only, no stable-baselines3, no pickle."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lbw_rl.action import Action, log_interpolate
+from lbw_rl.controller import Context, Controller
+from lbw_rl.features import FeatureTracker
+from lbw_rl.policy import PolicyError, load_policy
+from lbw_rl.registry import load_controller
+from lbw_rl.signals import Telemetry
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+
+
+def newest_pretrained() -> Path:
+    """The newest shipped policy: the last folder of `controllers/pretrained` by name.
+
+    Raises:
+        PolicyError: none is shipped with this installation.
+    """
+    shipped = sorted(p.parent for p in PRETRAINED.glob("*/policy.json"))
+    if not shipped:
+        raise PolicyError(f"policy: no frozen policy in {PRETRAINED}; train one with `lbw-rl train-policy --out DIR`")
+    return shipped[-1]
+
+
+class FrozenPolicy(Controller):
+    """A policy learned with PPO on proxies, run deterministically at its mean action.
+
+    Its two outputs in [-1, 1] map log-linearly onto the authority that it was trained under; the governor's own
+    authority then clips them like any other controller's. Features far outside the training distribution are
+    counted, and past a stated rate the header's rule-based fallback takes over for good.
+
+    Args:
+        folder: a frozen policy; None takes the newest shipped one.
+
+    Raises:
+        PolicyError (a `ValueError`): the folder is missing, damaged, or of another schema version.
+    """
+
+    name = "ppo"
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = Path(folder) if folder is not None else newest_pretrained()
+        self.policy = load_policy(self.folder)
+        self.decide_every = self.policy.header.decide_every
+        self._fallback = load_controller(self.policy.header.fallback.controller)
+        self.reset(Context(decide_every=self.decide_every))
+
+    def reset(self, context: Context) -> None:
+        """Forgets the feature means and the out-of-distribution record."""
+        self._tracker = FeatureTracker(1, context.total_steps)
+        self._recent: deque[bool] = deque(maxlen=self.policy.header.fallback.window)
+        self._unfamiliar = 0
+        self._fallen_back = False
+        self._fallback.reset(context)
+
+    def act(self, telemetry: Telemetry) -> Action:
+        """The policy's mean action, or the fallback's once that has taken over."""
+        header = self.policy.header
+        features = self._tracker({k: np.array([v]) for k, v in telemetry.as_dict().items()})[0]
+        distance = np.abs(features - header.mean) / header.std
+        unfamiliar = bool(distance.max() > header.fallback.feature_z)
+        self._unfamiliar += unfamiliar
+        self._recent.append(unfamiliar)
+        rule = self._fallback.act(telemetry)  # kept warm, so that a hand-over has its baselines
+        if len(self._recent) == header.fallback.window and np.mean(self._recent) > header.fallback.rate:
+            self._fallen_back = True
+        if self._fallen_back:
+            return rule
+        lr, momentum = (float(a) for a in self.policy.action(features))
+        return Action(
+            lr_scale=log_interpolate(lr, header.authority.lr_scale),
+            momentum_scale=log_interpolate(momentum, header.authority.momentum_scale),
+            regime="learned-unfamiliar" if unfamiliar else "learned",
+            evidence={"action_lr": lr, "action_momentum": momentum, "unfamiliarity": float(distance.max())},
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Feature means, out-of-distribution record and the fallback's own state."""
+        return {
+            "tracker": self._tracker.state_dict(),
+            "recent": list(self._recent),
+            "unfamiliar": self._unfamiliar,
+            "fallen_back": self._fallen_back,
+            "fallback": self._fallback.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`."""
+        self._tracker.load_state_dict(state["tracker"])
+        self._recent = deque(state["recent"], maxlen=self.policy.header.fallback.window)
+        self._unfamiliar, self._fallen_back = state["unfamiliar"], state["fallen_back"]
+        self._fallback.load_state_dict(state["fallback"])
+
+    def summary(self) -> dict[str, Any]:
+        """Decisions with an unfamiliar feature, and whether the fallback took over."""
+        return {"unfamiliar_decisions": self._unfamiliar, "fallback_active": self._fallen_back}

@@ -1,0 +1,87 @@
+"""The only writer of `param_groups`: base × scale just before the step, restored right after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lbw_rl.action import Action, Directive
+
+
+def scaled_decay(decay: float, scale: float) -> float:
+    """A momentum coefficient whose averaging horizon 1/(1−β) is `scale` times as long.
+
+    1−β′ = (1−β)/scale, so β′ < 1 for every β < 1 and scale > 0 (β × 1.2 would give 0.9 → 1.08). A horizon
+    shorter than one step is no momentum: β′ ≥ 0. β = 0 stays 0: there is no average to stretch.
+    """
+    if decay == 0.0 or scale == 1.0:
+        return decay
+    return max(0.0, 1.0 - (1.0 - decay) / scale)
+
+
+class Actuator:
+    """Executes an action on an optimizer for the length of one step.
+
+    Schedulers never see the scale: closed-form and recursive ones alike read the base value that they wrote.
+    A scale of exactly 1 writes nothing, so an idle governor leaves every bit alone. A skipped step withholds
+    all gradients (`grad = None`), which every torch optimizer passes over: no moment moves, no decay, no count.
+    Tensor learning rates are changed in place, since a compiled step holds on to the tensor.
+
+    Decoupled weight decay is lr × decay, so it scales with the learning rate: a run whose rate is brought back
+    to the right one gets the decay of the right one too.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._saved: list[tuple[dict[str, Any], str, Any]] = []
+        self._withheld: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+
+    def apply(self, action: Action) -> None:
+        """Writes the action's scales, or withholds the gradients if it skips."""
+        self.restore()  # a step that raised never reached its post hook
+        if action.directive is not Directive.PROCEED:
+            self._withhold()
+            return
+        for group in self.optimizer.param_groups:
+            if action.lr_scale != 1.0:
+                self._scale_lr(group, action.lr_scale)
+            if action.momentum_scale != 1.0:
+                self._scale_momentum(group, action.momentum_scale)
+
+    def restore(self) -> None:
+        """Puts back what `apply` changed; does nothing if nothing is changed."""
+        for group, key, value in self._saved:
+            if isinstance(group[key], torch.Tensor) and isinstance(value, torch.Tensor):
+                group[key].copy_(value)
+            else:
+                group[key] = value
+        self._saved.clear()
+        for parameter, gradient in self._withheld:
+            parameter.grad = gradient
+        self._withheld.clear()
+
+    def _scale_lr(self, group: dict[str, Any], scale: float) -> None:
+        lr = group["lr"]
+        if isinstance(lr, torch.Tensor):
+            self._saved.append((group, "lr", lr.clone()))
+            lr.mul_(scale)
+        else:
+            self._saved.append((group, "lr", lr))
+            group["lr"] = lr * scale
+
+    def _scale_momentum(self, group: dict[str, Any], scale: float) -> None:
+        if "betas" in group:
+            self._saved.append((group, "betas", group["betas"]))
+            first, *rest = group["betas"]
+            group["betas"] = (scaled_decay(float(first), scale), *rest)
+        elif group.get("momentum"):
+            self._saved.append((group, "momentum", group["momentum"]))
+            group["momentum"] = scaled_decay(float(group["momentum"]), scale)
+
+    def _withhold(self) -> None:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._withheld.append((parameter, parameter.grad))
+                    parameter.grad = None

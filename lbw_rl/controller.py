@@ -1,0 +1,61 @@
+"""The one interface that rules, PID laws and learned policies share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lbw_rl.action import Action
+from lbw_rl.authority import Authority
+from lbw_rl.signals import Telemetry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What a controller is told about the run before its first decision.
+
+    Attributes:
+        total_steps: optimizer steps planned, `None` if unknown.
+        decide_every: optimizer steps per decision.
+        authority: the bounds its actions will be held to.
+        seed: for controllers that draw random numbers.
+    """
+
+    total_steps: int | None = None
+    decide_every: int = 1
+    authority: Authority = field(default_factory=Authority)
+    seed: int = 0
+
+
+class Controller(ABC):
+    """Maps telemetry to a proposed action. Deterministic given its state and the telemetry.
+
+    `act` is called once per decision with the signals of the window that just ended; what it returns is
+    clipped by the authority and executed at the step at hand. Its state is plain JSON data, so that a
+    checkpoint holds it and a ledger can replay it.
+    """
+
+    name: str = "controller"
+    decide_every: int | None = None
+    """Optimizer steps per decision that the controller was built for; `None` leaves it to the governor."""
+
+    @abstractmethod
+    def reset(self, context: Context) -> None:
+        """Starts a run: forgets all state and takes in its context."""
+
+    @abstractmethod
+    def act(self, telemetry: Telemetry) -> Action:
+        """Proposes an action for the step at hand."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `act` depends on besides the telemetry, as JSON data."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  (a stateless controller has nothing to load)
+        """Restores what `state_dict` returned; the next `act` is as if nothing had happened between."""
+
+    def summary(self) -> dict[str, Any]:
+        """Counters worth reporting at the end of a run (for example out-of-distribution decisions)."""
+        return {}

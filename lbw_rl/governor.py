@@ -1,0 +1,398 @@
+"""The governance plane: telemetry in, bounded action out, around every `optimizer.step()`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from lbw_rl.action import NEUTRAL, Action, Directive
+from lbw_rl.actuator import Actuator
+from lbw_rl.authority import Authority, Enforcer, Ruling
+from lbw_rl.controller import Context, Controller
+from lbw_rl.device import DeviceSource
+from lbw_rl.ledger import LEDGER_SCHEMA, Ledger
+from lbw_rl.observer import Observer
+from lbw_rl.probe import Probe
+from lbw_rl.registry import load_controller
+from lbw_rl.signals import NAN, Telemetry
+from lbw_rl.snapshot import Snapshot
+
+log = logging.getLogger("lbw_rl")
+
+Mode = Literal["govern", "shadow", "off"]
+
+
+class Governor:
+    """Governs an optimizer from above: its update rule, the loss, the gradients and the data stay as they are.
+
+    Attaches through the optimizer's own step hooks, so the training loop keeps its calls. No fault of
+    governance (controller, probe, ledger, device) reaches the loop: it is counted, logged once a kind, and the
+    step runs ungoverned.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`, already built.
+        controller: a name (see `load_controller`), a `Controller`, or the folder of a frozen policy.
+        model: its output's `.loss` and the size of its `input_ids` are read when the caller does not `observe`.
+        authority: bounds of what the controller may do.
+        total_steps: optimizer steps planned; None if unknown.
+        mode: "govern"; "shadow" decides and logs but changes nothing; "off" does nothing at all.
+        ledger: file to append one JSON line per decision to.
+        decide_every: optimizer steps per decision; a frozen policy brings its own.
+        seed: for controllers that draw random numbers.
+        device_index: which GPU NVML reads.
+        snapshot_bytes: host memory for the last good state, used only where the authority allows rollbacks.
+
+    Raises:
+        ValueError: an unknown mode or controller, `total_steps` or `decide_every` below 1.
+
+    The learning rate seen by schedulers and loggers is always the scheduled one: the scale lives only inside
+    the step. A rollback restores weights and optimizer state; the data goes on, and the batch at hand is skipped.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        controller: str | Path | Controller = "lbw-guard",
+        *,
+        model: torch.nn.Module | None = None,
+        authority: Authority | None = None,
+        total_steps: int | None = None,
+        mode: Mode = "govern",
+        ledger: str | Path | None = None,
+        decide_every: int = 1,
+        seed: int = 0,
+        device_index: int = 0,
+        snapshot_bytes: int = 2 << 30,
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode: {mode!r} is unknown; accepted: {', '.join(get_args(Mode))}")
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps: {total_steps} must be at least 1, or None if unknown")
+        if decide_every < 1:
+            raise ValueError(f"decide_every: {decide_every} must be at least 1")
+        self.optimizer = optimizer
+        self.controller = load_controller(controller)
+        self.authority = authority or Authority()
+        self.mode = mode
+        self.context = Context(
+            total_steps=total_steps,
+            decide_every=self.controller.decide_every or decide_every,
+            authority=self.authority,
+            seed=seed,
+        )
+        self.controller.reset(self.context)
+        self.step = 0
+        self.last_telemetry = Telemetry()
+        self.last_ruling = Ruling(NEUTRAL)
+        self._held = NEUTRAL  # what every step of the present window executes
+        self._executed = NEUTRAL
+        self._enforcer = Enforcer(self.authority)
+        self._counts: Counter[str] = Counter()
+        self._regimes: Counter[str] = Counter()
+        self._faults: Counter[str] = Counter()
+        self._overhead = 0.0
+        self._probe = Probe(optimizer)
+        self._actuator = Actuator(optimizer)
+        self._observer = Observer(model if mode != "off" else None)
+        self._device = DeviceSource(device_index) if mode != "off" else None
+        self._snapshot = (
+            Snapshot(optimizer, snapshot_bytes) if self.authority.max_rollbacks and mode == "govern" else None
+        )
+        self._ledger: Ledger | None = None
+        self._handles: list[Any] = []
+        if mode != "off":
+            self._open_ledger(ledger)
+            self._handles = [
+                optimizer.register_step_pre_hook(self._before),
+                optimizer.register_step_post_hook(self._after),
+            ]
+
+    def observe(
+        self,
+        loss: torch.Tensor | float | None = None,
+        *,
+        grad_norm: torch.Tensor | float | None = None,
+        tokens: int | None = None,
+    ) -> None:
+        """Tells the governor what the loop knows; never forces a host sync.
+
+        Args:
+            loss: this micro-batch's training loss (nats per token).
+            grad_norm: global gradient norm before clipping: what `clip_grad_norm_` returned. Without it the norm
+                is taken from the gradients that the optimizer gets.
+            tokens: training tokens of this micro-batch; by default the size of the model's `input_ids`.
+        """
+        if self.mode == "off":
+            return
+        start = time.perf_counter()
+        if loss is not None:
+            self._observer.loss(loss)
+        if grad_norm is not None:
+            self._observer.grad_norm = grad_norm.detach() if isinstance(grad_norm, torch.Tensor) else grad_norm
+        if tokens is not None:
+            self._observer.tokens(tokens)
+        self._overhead += time.perf_counter() - start
+
+    # --- around the step ---------------------------------------------------------------------------------
+
+    def _before(self, *_: Any) -> None:
+        start = time.perf_counter()
+        try:
+            action = self._decide() if self.step % self.context.decide_every == 0 else self._held
+            self._execute(action)
+        except Exception as e:  # fail-open: the step must run
+            self._fault("governor", e)
+            self._actuator.restore()
+            self._executed = NEUTRAL
+        self._overhead += time.perf_counter() - start
+
+    def _after(self, *_: Any) -> None:
+        start = time.perf_counter()
+        try:
+            self._actuator.restore()
+            self._probe.after_step()
+        except Exception as e:  # fail-open
+            self._fault("probe", e)
+        self._observer.step_done()
+        self.step += 1
+        self._overhead += time.perf_counter() - start
+
+    def _decide(self) -> Action:
+        telemetry = self.last_telemetry = self._telemetry()
+        proposed, fault = None, None
+        if not self._enforcer.suspended:
+            try:
+                proposed = self.controller.act(telemetry)
+            except Exception as e:  # a broken controller loses its say, not the run
+                fault = f"{type(e).__name__}: {e}"
+                self._fault("controller", e)
+        ruling = self.last_ruling = self._enforcer.rule(proposed, fault)
+        action = ruling.action
+        self._count(action)
+        if self.mode == "shadow":
+            self._record(telemetry, proposed, NEUTRAL, (*ruling.reasons, "shadow mode"), would=action)
+            return NEUTRAL
+        self._record(telemetry, proposed, action, ruling.reasons)
+        self._keep_last_good(telemetry, action)
+        # A skip is for this step only; the scales hold for the whole window.
+        self._held = Action(lr_scale=action.lr_scale, momentum_scale=action.momentum_scale)
+        return action
+
+    def _execute(self, action: Action) -> None:
+        if action.directive is Directive.ROLLBACK and self._snapshot is not None:
+            self._snapshot.restore()
+        self._actuator.apply(action)
+        self._executed = action
+        if (self.step + 1) % self.context.decide_every == 0 and action.directive is Directive.PROCEED:
+            self._probe.before_step()
+
+    def _telemetry(self) -> Telemetry:
+        total = self.context.total_steps
+        values = {
+            "step": float(self.step),
+            "progress": min(1.0, self.step / total) if total else NAN,
+            "learning_rate": _scheduled_lr(self.optimizer),
+            "lr_scale": self._executed.lr_scale,
+            "momentum_scale": self._executed.momentum_scale,
+        }
+        loss, grad_norm, clock = self._observer.collect()
+        values.update(clock)
+        try:
+            values.update(self._probe.measure(loss, grad_norm))
+        except Exception as e:  # a signal that cannot be measured is missing, no more
+            self._fault("probe", e)
+        if self._device is not None:
+            values.update(self._device.read())
+        return Telemetry(**values)
+
+    def _keep_last_good(self, telemetry: Telemetry, action: Action) -> None:
+        snapshot = self._snapshot
+        if snapshot is None or telemetry.nonfinite or action.directive is not Directive.PROCEED:
+            return
+        due = snapshot.step is None or self.step - snapshot.step >= self.authority.snapshot_every
+        if due and action.regime in HEALTHY_REGIMES and not snapshot.take(self.step):
+            self._fault(
+                "snapshot",
+                MemoryError(f"{snapshot.bytes_needed():,} bytes needed, {snapshot.byte_budget:,} allowed"),
+            )
+            self._snapshot = None
+
+    # --- records -----------------------------------------------------------------------------------------
+
+    def _count(self, action: Action) -> None:
+        self._counts["decisions"] += 1
+        self._regimes[action.regime] += 1
+        if action.directive is Directive.SKIP:
+            self._counts["skips"] += 1
+        elif action.directive is Directive.ROLLBACK:
+            self._counts["rollbacks"] += 1
+        if action.directive is not Directive.PROCEED or action.lr_scale != 1.0 or action.momentum_scale != 1.0:
+            self._counts["interventions"] += 1
+
+    def _open_ledger(self, path: str | Path | None) -> None:
+        if path is None:
+            return
+        try:
+            fresh = not Path(path).exists()
+            self._ledger = Ledger(path)
+            if fresh:
+                context = {
+                    "total_steps": self.context.total_steps,
+                    "decide_every": self.context.decide_every,
+                    "authority": self.authority.model_dump(),
+                    "seed": self.context.seed,
+                }
+                self._ledger.write(
+                    "header",
+                    {
+                        "schema": LEDGER_SCHEMA,
+                        "controller": self.controller.name,
+                        "mode": self.mode,
+                        "context": context,
+                    },
+                )
+        except OSError as e:
+            self._fault("ledger", e)
+
+    def _record(
+        self,
+        telemetry: Telemetry,
+        proposed: Any,
+        executed: Action,
+        reasons: tuple[str, ...],
+        would: Action | None = None,
+    ) -> None:
+        if self._ledger is None:
+            return
+        record = {
+            "step": self.step,
+            "telemetry": telemetry.as_dict(),
+            "proposed": _brief(proposed),
+            "executed": _brief(executed),
+            "regime": (would or executed).regime,
+            "evidence": dict((would or executed).evidence),
+            "reasons": list(reasons),
+        }
+        if would is not None:
+            record["would_execute"] = _brief(would)
+        try:
+            self._ledger.write("decision", record)
+        except (OSError, TypeError, ValueError) as e:
+            self._fault("ledger", e)
+
+    def _fault(self, where: str, error: Exception) -> None:
+        self._faults[where] += 1
+        if self._faults[where] == 1:
+            log.warning(
+                "governance fault in %s at step %d, the run goes on: %s: %s",
+                where,
+                self.step,
+                type(error).__name__,
+                error,
+            )
+
+    # --- state -------------------------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, Any]:
+        """What governance did so far.
+
+        Returns:
+            `decisions`, `interventions` (decisions whose executed action was not neutral), `skips`, `rollbacks`,
+            `suspended`, `faults` (where → count), `overhead_seconds` spent in governance, `regimes` (name →
+            decisions), `controller` (its own counters). In shadow mode: what would have been executed.
+        """
+        return {
+            "decisions": self._counts["decisions"],
+            "interventions": self._counts["interventions"],
+            "skips": self._counts["skips"],
+            "rollbacks": self._counts["rollbacks"],
+            "suspended": self._enforcer.suspended,
+            "faults": dict(self._faults),
+            "overhead_seconds": self._overhead,
+            "regimes": dict(self._regimes),
+            "controller": self.controller.summary(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next decision depends on: JSON data and tensors."""
+        return {
+            "step": self.step,
+            "controller": self.controller.state_dict(),
+            "enforcer": self._enforcer.state_dict(),
+            "probe": self._probe.state_dict(),
+            "held": _brief(self._held),
+            "executed": _brief(self._executed),
+            "counts": dict(self._counts),
+            "regimes": dict(self._regimes),
+            "faults": dict(self._faults),
+            "overhead_seconds": self._overhead,
+            "snapshot": self._snapshot.state_dict() if self._snapshot is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`; call it after the optimizer's own state has been loaded."""
+        self.step = state["step"]
+        self.controller.load_state_dict(state["controller"])
+        self._enforcer.load_state_dict(state["enforcer"])
+        self._probe.load_state_dict(state["probe"])
+        self._held, self._executed = _unbrief(state["held"]), _unbrief(state["executed"])
+        self._counts, self._regimes, self._faults = (
+            Counter(state["counts"]),
+            Counter(state["regimes"]),
+            Counter(state["faults"]),
+        )
+        self._overhead = state["overhead_seconds"]
+        if self._snapshot is not None and state["snapshot"] is not None:
+            self._snapshot.load_state_dict(state["snapshot"])
+
+    def close(self) -> None:
+        """Lets go of the optimizer and the model; the run continues ungoverned. Safe to call twice."""
+        self._actuator.restore()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._observer.close()
+        if self._device is not None:
+            self._device.close()
+        if self._ledger is not None:
+            self._ledger.close()
+            self._ledger = None
+
+    def __enter__(self) -> Governor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+HEALTHY_REGIMES = frozenset({"steady", "calibrating", "annealing", "raising", "holding-back", "learned"})
+"""Regimes in which a state may be kept as the last good one."""
+
+
+def _scheduled_lr(optimizer: torch.optim.Optimizer) -> float:
+    lr = optimizer.param_groups[0].get("lr", NAN)
+    return float(lr)
+
+
+def _brief(action: Any) -> dict[str, Any] | None:
+    if not isinstance(action, Action):
+        return None
+    return {
+        "lr_scale": action.lr_scale,
+        "momentum_scale": action.momentum_scale,
+        "directive": str(action.directive),
+    }
+
+
+def _unbrief(record: Mapping[str, Any]) -> Action:
+    return Action(
+        lr_scale=record["lr_scale"],
+        momentum_scale=record["momentum_scale"],
+        directive=Directive(record["directive"]),
+    )

@@ -1,0 +1,93 @@
+"""Append-only record of every decision: what was seen, proposed, executed, and why they differ."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+LEDGER_SCHEMA = 1
+
+
+def _clean(value: Any) -> Any:
+    """JSON has no NaN and no infinity: both read back as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: _clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(v) for v in value]
+    return value
+
+
+class Ledger:
+    """One JSON object a line; the first is the header. A line is on its way to disk before the step goes on.
+
+    Args:
+        path: the file; its folder is made. An existing ledger is continued, not overwritten.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = self.path.open("a", buffering=1, encoding="utf-8")
+
+    def write(self, kind: str, record: Mapping[str, Any]) -> None:
+        """Appends one record of the given kind.
+
+        Raises:
+            OSError: the disk is full or gone; the caller decides whether the run goes on without a ledger.
+        """
+        self._file.write(json.dumps({"type": kind, **_clean(record)}, separators=(",", ":"), default=float) + "\n")
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self._file.close()
+
+
+def read_ledger(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of a ledger in order; a last line torn by a kill is passed over.
+
+    Raises:
+        ValueError: the file is missing, or a line other than the last is not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"ledger: {path} is not a file; accepted: a ledger.jsonl that a governed run wrote")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as e:
+            if number == len(lines):
+                return
+            raise ValueError(
+                f"ledger: {path} line {number} is not JSON ({e.msg}); the file was altered or is no ledger"
+            ) from e
+        if not isinstance(record, dict) or "type" not in record:
+            raise ValueError(
+                f"ledger: {path} line {number} has no 'type'; accepted: a ledger.jsonl that a governed run wrote"
+            )
+        yield record
+
+
+def truncate_ledger(path: str | Path, step: int) -> None:
+    """Drops the decisions at or after `step`, so that a resumed run's ledger equals an uninterrupted one's."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = [line for line in _whole_lines(path) if not (json.loads(line).get("step", -1) >= step)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _whole_lines(path: Path) -> Iterator[str]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            json.loads(line)
+        except json.JSONDecodeError:
+            return
+        yield line

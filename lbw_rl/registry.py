@@ -1,0 +1,52 @@
+"""Controllers by name, object or folder."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from lbw_rl.controller import Controller
+
+_CLASSES = {
+    "constant": ("lbw_rl.controllers.constant", "Constant"),
+    "pid": ("lbw_rl.controllers.pid", "PID"),
+    "entropic": ("lbw_rl.controllers.entropic", "EntroPIC"),
+    "lbw-guard": ("lbw_rl.controllers.lbw_guard", "LBWGuard"),
+    "ppo": ("lbw_rl.controllers.ppo", "FrozenPolicy"),
+    "random": ("lbw_rl.controllers.random", "RandomActions"),
+}
+
+CONTROLLERS: tuple[str, ...] = tuple(_CLASSES)
+"""Names that `load_controller` accepts."""
+
+
+def load_controller(controller: str | Path | Controller, **options: Any) -> Controller:
+    """A controller by name, from the folder of a frozen policy, or as it is.
+
+    Args:
+        controller: one of `CONTROLLERS`, a folder with `policy.json`, or a `Controller`.
+        options: keyword arguments for the named controller's constructor.
+
+    Raises:
+        ValueError: an unknown name, an option that the controller does not take or a value that it refuses,
+            or a folder that holds no intact policy.
+    """
+    if isinstance(controller, Controller):
+        if options:
+            raise ValueError(f"controller options {sorted(options)} are only for controllers given by name")
+        return controller
+    name = str(controller)
+    if name not in _CLASSES:
+        if Path(name).is_dir():
+            name, options = "ppo", {"folder": controller, **options}
+        else:
+            raise ValueError(
+                f"controller: unknown name {name!r}; accepted: {', '.join(CONTROLLERS)}, or the folder of a frozen policy"
+            )
+    module, attribute = _CLASSES[name]
+    factory = getattr(importlib.import_module(module), attribute)
+    try:
+        return factory(**options)
+    except TypeError as e:
+        raise ValueError(f"controller.options: {e}") from e

@@ -1,0 +1,56 @@
+"""Where the update-to-weight ratio of a healthy run lies, and the plant that leads there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lbw_rl.signals import Telemetry
+from lbw_rl.statistics import ExponentialMean
+
+DISPLACEMENT = 0.7
+"""Update ratio × sqrt(total steps) of a well-tuned run: its random-walk displacement relative to its weights."""
+UNKNOWN_HORIZON = 1000
+"""Steps assumed where the caller does not know how long the run will be."""
+
+
+def ratio_level(total_steps: int | None, displacement: float = DISPLACEMENT) -> float:
+    """The update-to-weight ratio to start from: displacement / sqrt(total steps)."""
+    return displacement / math.sqrt(total_steps or UNKNOWN_HORIZON)
+
+
+class RatioPlant:
+    """Identifies how many units of update-to-weight ratio one unit of executed learning rate buys.
+
+    The plant is `ratio = gain · learning rate`: exact for SGD without momentum, and slowly varying for Adam,
+    whose step size is nearly that of the rate. The gain is a geometric mean over the last few updates.
+
+    Args:
+        half_life: updates after which an observed gain's weight has halved.
+    """
+
+    def __init__(self, half_life: float) -> None:
+        self._log_gain = ExponentialMean(half_life)
+        self._executed_lr: float | None = None
+
+    def observe(self, t: Telemetry) -> None:
+        """Takes in the ratio of the last update, executed at the previous scheduled rate × the executed scale."""
+        if self._executed_lr and t.update_ratio > 0:
+            self._log_gain.update(math.log(t.update_ratio / (self._executed_lr * t.lr_scale)))
+        self._executed_lr = t.learning_rate
+
+    def scale_for(self, ratio: float, learning_rate: float) -> float | None:
+        """The learning-rate scale that makes the next update `ratio`; None before the gain is known or where the schedule is at 0."""
+        if self._log_gain.count == 0 or not learning_rate > 0:
+            return None
+        return ratio / (math.exp(self._log_gain.mean) * learning_rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The identified gain."""
+        return {"log_gain": self._log_gain.state_dict(), "executed_lr": self._executed_lr}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`."""
+        self._log_gain.load_state_dict(state["log_gain"])
+        self._executed_lr = state["executed_lr"]

@@ -1,0 +1,116 @@
+"""The signal table: every quantity the governor can observe, defined once.
+
+`Telemetry` is one decision window's raw record. Its fields *are* the table: `SIGNALS` is read off their
+metadata, and the docs, the policy schema and the dashboards are generated from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+NAN = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """One row of the table: what a telemetry field means.
+
+    `low` and `high` bound the values that a healthy source can report (NaN, "not measured", is always
+    allowed); `source` says who measures it.
+    """
+
+    name: str
+    unit: str
+    low: float
+    high: float
+    source: str
+    definition: str
+
+
+def _signal(unit: str, low: float, high: float, source: str, definition: str) -> Any:
+    return field(default=NAN, metadata={"signal": (unit, low, high, source, definition)})
+
+
+INF = math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telemetry:
+    """Raw signals of one decision window, in physical units. Missing is NaN, never 0."""
+
+    step: float = _signal("steps", 0, INF, "governor", "optimizer steps attempted before this decision")
+    progress: float = _signal("1", 0, 1, "governor", "step / planned optimizer steps; NaN if the horizon is unknown")
+    learning_rate: float = _signal(
+        "1",
+        0,
+        INF,
+        "optimizer",
+        "scheduled learning rate of the first parameter group, before the governor's scale",
+    )
+    lr_scale: float = _signal("1", 0, INF, "governor", "learning-rate scale executed at the previous step")
+    momentum_scale: float = _signal(
+        "1", 0, INF, "governor", "momentum scale (of the averaging horizon) executed at the previous step"
+    )
+    loss: float = _signal("nats/token", -INF, INF, "model", "training loss, mean over the micro-batches of the window")
+    nonfinite: float = _signal(
+        "1", 0, 1, "gradient", "1 if the loss or the gradient norm of this step is NaN or infinite, else 0"
+    )
+    grad_norm: float = _signal("1", 0, INF, "gradient", "global L2 norm of the gradient before clipping")
+    grad_entropy: float = _signal(
+        "1",
+        0,
+        1,
+        "gradient",
+        "entropy of a histogram of log2|g/rms(g)| over a fixed sample, divided by log(bins)",
+    )
+    grad_cosine: float = _signal(
+        "1", -1, 1, "gradient", "cosine of this and the previous decision's gradient on a fixed sample"
+    )
+    update_ratio: float = _signal(
+        "1",
+        0,
+        INF,
+        "optimizer",
+        "‖Δw‖/‖w‖ of the last executed update on a fixed sample of the weight matrices (Frobenius, all matrices together)",
+    )
+    surprise: float = _signal(
+        "1",
+        0,
+        INF,
+        "optimizer",
+        "RMS of g²/max(v, ε²) on a fixed sample, v the bias-corrected second moment that this step is about to use (RMS_t of Wortsman et al. 2304.13013); NaN without v",
+    )
+    weight_rms: float = _signal("1", 0, INF, "optimizer", "root mean square of the sampled weights")
+    step_seconds: float = _signal("s", 0, INF, "clock", "wall time of one optimizer step, mean over the window")
+    tokens_per_second: float = _signal(
+        "tokens/s", 0, INF, "clock", "training tokens a second over the window, on this rank"
+    )
+    gpu_utilization: float = _signal("1", 0, 1, "device", "share of time that the accelerator ran a kernel (NVML)")
+    gpu_memory: float = _signal("1", 0, 1, "device", "share of the accelerator's memory in use (NVML)")
+    gpu_power: float = _signal("1", 0, INF, "device", "power draw over its enforced limit (NVML)")
+    gpu_temperature: float = _signal("°C", -50, 200, "device", "temperature of the accelerator (NVML)")
+    cpu_utilization: float = _signal("1", 0, 1, "device", "share of all CPU time in use (psutil)")
+    host_memory: float = _signal("1", 0, 1, "device", "share of the host's memory in use (psutil)")
+
+    def as_dict(self) -> dict[str, float]:
+        """Signal name → value, in table order."""
+        return {name: getattr(self, name) for name in SIGNALS}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, float | None]) -> Telemetry:
+        """Inverse of `as_dict`; `None` (JSON has no NaN) reads as missing, unknown names are refused.
+
+        Raises:
+            ValueError: a name that is not in `SIGNALS`.
+        """
+        unknown = sorted(set(values) - set(SIGNALS))
+        if unknown:
+            raise ValueError(f"telemetry: unknown signal {unknown[0]!r}; known: {', '.join(SIGNALS)}")
+        return cls(**{k: NAN if v is None else float(v) for k, v in values.items()})
+
+
+SIGNALS: dict[str, Signal] = {f.name: Signal(f.name, *f.metadata["signal"]) for f in fields(Telemetry)}
+"""Name → row of the signal table, in the order of `Telemetry`'s fields."""
