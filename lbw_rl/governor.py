@@ -91,7 +91,7 @@ class Governor:
         self.last_telemetry = Telemetry()
         self.last_ruling = Ruling(NEUTRAL)
         self._held = NEUTRAL  # what every step of the present window executes
-        self._executed = NEUTRAL
+        self.executed = NEUTRAL
         self._enforcer = Enforcer(self.authority)
         self._counts: Counter[str] = Counter()
         self._regimes: Counter[str] = Counter()
@@ -149,7 +149,7 @@ class Governor:
         except Exception as e:  # fail-open: the step must run
             self._fault("governor", e)
             self._actuator.restore()
-            self._executed = NEUTRAL
+            self.executed = NEUTRAL
         self._overhead += time.perf_counter() - start
 
     def _after(self, *_: Any) -> None:
@@ -188,7 +188,7 @@ class Governor:
         if action.directive is Directive.ROLLBACK and self._snapshot is not None:
             self._snapshot.restore()
         self._actuator.apply(action)
-        self._executed = action
+        self.executed = action
         if (self.step + 1) % self.context.decide_every == 0 and action.directive is Directive.PROCEED:
             self._probe.before_step()
 
@@ -198,8 +198,8 @@ class Governor:
             "step": float(self.step),
             "progress": min(1.0, self.step / total) if total else NAN,
             "learning_rate": _scheduled_lr(self.optimizer),
-            "lr_scale": self._executed.lr_scale,
-            "momentum_scale": self._executed.momentum_scale,
+            "lr_scale": self.executed.lr_scale,
+            "momentum_scale": self.executed.momentum_scale,
         }
         loss, grad_norm, clock = self._observer.collect()
         values.update(clock)
@@ -327,7 +327,7 @@ class Governor:
             "enforcer": self._enforcer.state_dict(),
             "probe": self._probe.state_dict(),
             "held": _brief(self._held),
-            "executed": _brief(self._executed),
+            "executed": _brief(self.executed),
             "counts": dict(self._counts),
             "regimes": dict(self._regimes),
             "faults": dict(self._faults),
@@ -341,7 +341,7 @@ class Governor:
         self.controller.load_state_dict(state["controller"])
         self._enforcer.load_state_dict(state["enforcer"])
         self._probe.load_state_dict(state["probe"])
-        self._held, self._executed = _unbrief(state["held"]), _unbrief(state["executed"])
+        self._held, self.executed = _unbrief(state["held"]), _unbrief(state["executed"])
         self._counts, self._regimes, self._faults = (
             Counter(state["counts"]),
             Counter(state["regimes"]),

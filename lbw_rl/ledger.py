@@ -71,23 +71,3 @@ def read_ledger(path: str | Path) -> Iterator[dict[str, Any]]:
                 f"ledger: {path} line {number} has no 'type'; accepted: a ledger.jsonl that a governed run wrote"
             )
         yield record
-
-
-def truncate_ledger(path: str | Path, step: int) -> None:
-    """Drops the decisions at or after `step`, so that a resumed run's ledger equals an uninterrupted one's."""
-    path = Path(path)
-    if not path.exists():
-        return
-    kept = [line for line in _whole_lines(path) if not (json.loads(line).get("step", -1) >= step)]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
-
-
-def _whole_lines(path: Path) -> Iterator[str]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            json.loads(line)
-        except json.JSONDecodeError:
-            return
-        yield line

@@ -1,0 +1,1 @@
+"""What starts training: recipes, policy training, deployment, comparison, benchmarks."""
