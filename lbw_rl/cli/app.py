@@ -1,0 +1,279 @@
+"""The commands, each a thin layer over a function that Python code can call as well."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lbw_rl.cli.console import emit_json, meter, out
+
+app = typer.Typer(
+    help="Learn-by-wire: a bounded governance layer above the optimizer of an LLM training run.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+policy_app = typer.Typer(help="Look at a frozen policy.", no_args_is_help=True)
+app.add_typer(policy_app, name="policy")
+
+Out = Annotated[Path, typer.Option("--out", help="Output folder; must be new or empty unless --resume.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on where a killed command stopped; repeats no finished work.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe setting, e.g. train.steps=100; repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+RecipeName = Annotated[str, typer.Argument(help="Name of a recipe, or path of a TOML file.")]
+
+
+@app.command(epilog="Example: `lbw-rl demo --out demo`")
+def demo(
+    out_dir: Out = Path("demo"),
+    budget: Annotated[
+        str, typer.Option(help="quick: minutes on two cores; full: more seeds, a longer training.")
+    ] = "quick",
+    resume: Resume = False,
+) -> None:
+    """The whole line: train a policy on proxies, freeze it, deploy it and every rule under learning-rate stress."""
+    from lbw_rl.training_runs.demo import run_demo
+
+    run_demo(out_dir, budget, resume=resume)
+
+
+@app.command(epilog="Example: `lbw-rl train-policy --decisions 60000 --seed 0 --out my-policy`")
+def train_policy(
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder of the frozen policy.")],
+    decisions: Annotated[int, typer.Option(help="Decisions to learn from, over all proxies.", min=0)] = 60_000,
+    seed: Annotated[int, typer.Option(help="Seed of network, tasks and exploration.", min=0)] = 0,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Learn a policy with PPO on cheap proxy runs and freeze it into a folder."""
+    from lbw_rl.training_runs.freeze import train_and_freeze
+
+    with meter("training policy") as m:
+        result = train_and_freeze(out_dir, decisions=decisions, seed=seed, resume=resume, meter=m)
+    if as_json:
+        emit_json(result)
+    else:
+        out.print(
+            f"frozen policy: {out_dir}  ({result['decisions']:,} decisions, gain {result['gain']:.3f} nats over the base run)"
+        )
+
+
+@app.command(epilog="Example: `lbw-rl run mini-qwen2 --controller lbw-guard --set train.lr_multiplier=30 --out run30`")
+def run(
+    recipe: RecipeName,
+    controller: Annotated[
+        str | None, typer.Option(help="Controller name or policy folder; default: the recipe's.")
+    ] = None,
+    settings: Settings = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Output folder; default: runs/RECIPE-CONTROLLER.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="govern, shadow (decide and log only) or off.")] = "govern",
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a recipe under a controller."""
+    from lbw_rl.envs.recipe import load_recipe, override
+    from lbw_rl.training_runs.run import run as run_recipe
+
+    name = [f"controller.name={_toml_string(controller)}"] if controller is not None else []
+    chosen = override(load_recipe(recipe), [*(settings or []), *name])
+    folder = out_dir or Path("runs") / f"{chosen.name}-{Path(chosen.controller.name).name}"
+    with meter(f"{chosen.name} · {chosen.controller.name}") as m:
+        summary = run_recipe(
+            chosen,
+            folder,
+            resume=resume,
+            mode=mode,  # type: ignore[arg-type]  # the governor checks it
+            progress=lambda done, total, loss: m.update(done, total, f"loss {loss:.3f}"),
+        )
+    if as_json:
+        emit_json(summary)
+        return
+    state = "diverged" if summary["diverged"] else f"perplexity {summary['final_ppl']:.2f}"
+    governance = summary["governor"]
+    out.print(
+        f"{chosen.name} · {chosen.controller.name}: held-out loss {summary['final_loss']:.4f} nats ({state}), "
+        f"{summary['steps']} steps in {summary['seconds']:.1f} s, governance {summary['overhead_seconds'] / max(summary['seconds'], 1e-9):.1%}"
+    )
+    out.print(
+        f"{governance['interventions']} of {governance['decisions']} decisions intervened, {governance['skips']} skips, "
+        f"{governance['rollbacks']} rollbacks; regimes: {', '.join(f'{k} {v}' for k, v in governance['regimes'].items())}"
+    )
+    out.print(f"files: {folder}")
+
+
+@app.command(
+    epilog="Example: `lbw-rl compare mini-qwen2 --controllers constant,constant@optimizer.grad_clip=1.0,pid,lbw-guard "
+    "--lr-multipliers 1/30,1,30 --seeds 3 --out cmp`"
+)
+def compare(
+    recipe: RecipeName,
+    controllers: Annotated[
+        str,
+        typer.Option(help="Comma-separated arms: CONTROLLER[@key=value…], optionally LABEL:=… before it."),
+    ] = "constant,pid,entropic,lbw-guard,ppo",
+    lr_multipliers: Annotated[
+        str, typer.Option(help="Comma-separated multiples of the recipe's learning rate.")
+    ] = "1/30,1,30",
+    seeds: Annotated[int, typer.Option(help="Paired runs per arm and multiplier.", min=1)] = 3,
+    out_dir: Out = Path("comparison"),
+    settings: Settings = None,
+    backend: Annotated[str, typer.Option(help="local processes, or ray.")] = "local",
+    workers: Annotated[int | None, typer.Option(help="Local processes; default: one per core.", min=1)] = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a grid of controllers × learning-rate multipliers × seeds and write the report."""
+    import sys
+
+    from lbw_rl.envs.recipe import load_recipe, override
+    from lbw_rl.training_runs.compare import Arm, parse_multiplier
+    from lbw_rl.training_runs.compare import compare as compare_arms
+    from lbw_rl.training_runs.report import build_report, render_table
+
+    if backend not in ("local", "ray"):
+        raise ValueError(f"backend: {backend!r} is unknown; accepted: local, ray")
+    chosen = override(load_recipe(recipe), settings or [])
+    arms = [Arm.parse(a) for a in controllers.split(",")]
+    with meter(f"comparing on {chosen.name}") as m:
+        results = compare_arms(
+            chosen,
+            arms,
+            [parse_multiplier(x) for x in lr_multipliers.split(",")],
+            seeds,
+            out_dir,
+            resume=resume,
+            backend=backend,  # type: ignore[arg-type]  # checked above
+            workers=workers,
+            progress=lambda done, total, row: m.update(
+                done, total, f"{row.arm} ×{row.lr_multiplier:.3g}: {row.final_loss:.3f}"
+            ),
+            command="lbw-rl " + " ".join(sys.argv[1:]),
+        )
+    path = build_report(out_dir)
+    if as_json:
+        emit_json(results.model_dump(by_alias=True))
+    else:
+        out.print(render_table(results))
+        out.print(f"report: {path}")
+
+
+@app.command(epilog="Example: `lbw-rl report cmp`")
+def report(directory: Annotated[Path, typer.Argument(help="Folder of a comparison, with results.json.")]) -> None:
+    """Rebuild report.html from a comparison's folder."""
+    from lbw_rl.training_runs.report import build_report, render_table
+    from lbw_rl.training_runs.results import read_results
+
+    results = read_results(directory)
+    path = build_report(directory)
+    out.print(render_table(results))
+    out.print(f"report: {path}")
+
+
+@app.command(epilog="Example: `lbw-rl replay run30/ledger.jsonl --controller pid`")
+def replay(
+    ledger: Annotated[Path, typer.Argument(help="A ledger.jsonl that a governed run wrote.")],
+    controller: Annotated[str, typer.Option(help="Controller name or policy folder that is to answer.")],
+    as_json: AsJson = False,
+) -> None:
+    """Run a recorded run's telemetry through another controller: where and how would it have acted?"""
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from lbw_rl.registry import load_controller
+    from lbw_rl.replay import replay as replay_ledger
+
+    result = replay_ledger(ledger, load_controller(controller))
+    if as_json:
+        emit_json(asdict(result))
+        return
+    out.print(
+        f"{controller} on the telemetry of {result.recorded_controller}: "
+        f"{result.differing} of {result.decisions} decisions differ, {result.faults} faults"
+    )
+    out.print("regimes: " + ", ".join(f"{k} {v}" for k, v in result.regimes.items()))
+    table = Table(
+        "step", "recorded scale", "replayed scale", "directive", "regime", title="every tenth part of the run"
+    )
+    stride = max(1, len(result.steps) // 10)
+    for s in result.steps[::stride]:
+        table.add_row(
+            str(s["step"]),
+            f"{s['recorded_lr_scale']:.4g}",
+            f"{s['replayed_lr_scale']:.4g}",
+            s["replayed_directive"],
+            s["regime"],
+        )
+    out.print(table)
+
+
+@policy_app.command(epilog="Example: `lbw-rl policy inspect my-policy`")
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Folder of a frozen policy.")],
+    as_json: AsJson = False,
+) -> None:
+    """What a frozen policy is: features, authority, fallback, where it comes from."""
+    from rich.table import Table
+
+    from lbw_rl.policy import load_policy
+
+    policy = load_policy(folder)
+    header = policy.header
+    if as_json:
+        emit_json(header.model_dump())
+        return
+    parameters = sum(w.size + b.size for w, b in policy.layers)
+    out.print(
+        f"{folder}: {parameters:,} parameters, hidden {header.hidden_sizes}, decides every {header.decide_every} steps"
+    )
+    out.print(f"authority: lr_scale {header.authority.lr_scale}, momentum_scale {header.authority.momentum_scale}")
+    out.print(f"actions: {header.action_mapping}")
+    out.print(
+        f"fallback: {header.fallback.controller} past {header.fallback.rate:.0%} unfamiliar decisions of {header.fallback.window}"
+    )
+    table = Table("feature", "definition", "mean", "std", title=f"features, schema {header.feature_schema}")
+    for (name, definition), mean, std in zip(header.features.items(), header.mean, header.std):
+        table.add_row(name, definition, f"{mean:.3f}", f"{std:.3f}")
+    out.print(table)
+    for key, value in header.provenance.items():
+        out.print(f"{key}: {value}")
+
+
+@policy_app.command(epilog="Example: `lbw-rl policy verify my-policy`")
+def verify(folder: Annotated[Path, typer.Argument(help="Folder of a frozen policy.")]) -> None:
+    """Check that a frozen policy is intact: schema, features, normaliser, shapes, hash. Exit 2 with a reason if not."""
+    from lbw_rl.policy import load_policy
+
+    header = load_policy(folder).header
+    out.print(
+        f"intact: {folder} (weights sha256 {header.weights_sha256[:16]}…, feature schema {header.feature_schema})"
+    )
+
+
+@app.command(epilog="Example: `lbw-rl doctor`")
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine offers: versions, accelerator, NVML, extras, shipped policies."""
+    from lbw_rl.doctor import examine
+
+    findings = examine()
+    if as_json:
+        emit_json(findings)
+        return
+    for key, value in findings.items():
+        out.print(f"{key:<18} {value}")
+
+
+def _toml_string(text: str) -> str:
+    import json
+
+    return json.dumps(text)

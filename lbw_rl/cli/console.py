@@ -1,0 +1,67 @@
+"""How the command line talks: progress on a terminal, whole lines in a pipe, one line for an error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+"""Standard output: results."""
+
+err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+"""Standard error: progress and errors, so that a pipe gets results alone."""
+
+
+def fail(message: str, code: int = 2) -> int:
+    """Prints one line on what is wrong and returns the exit code."""
+    print("lbw-rl: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    return code
+
+
+def emit_json(value: Any) -> None:
+    """Prints a JSON document on standard output."""
+    print(json.dumps(value, indent=2, default=str), flush=True)
+
+
+class Meter:
+    """One line of progress: a live bar on a terminal, a line every few seconds in a pipe."""
+
+    def __init__(self, label: str, bar: Progress | None, every: float = 10.0) -> None:
+        self.label = label
+        self._bar = bar
+        self._task = bar.add_task(label, total=None, note="") if bar is not None else None
+        self._every = every
+        self._next = time.monotonic() + every
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """Shows that `done` of `total` are finished, with a short note."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total, note=note)
+        elif time.monotonic() >= self._next or done == total:
+            self._next = time.monotonic() + self._every
+            print(f"{self.label}: {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def meter(label: str) -> Iterator[Meter]:
+    """A `Meter` for the length of a block."""
+    if not err.is_terminal:
+        yield Meter(label, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=err) as bar:
+        yield Meter(label, bar)

@@ -1,0 +1,106 @@
+"""Runs the telemetry of a ledger through another controller: what would it have done?"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lbw_rl.authority import Authority, Enforcer
+from lbw_rl.controller import Context, Controller
+from lbw_rl.ledger import LEDGER_SCHEMA, read_ledger
+from lbw_rl.signals import Telemetry
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A controller's answers to recorded telemetry.
+
+    The telemetry is that of the run as it was executed, so each answer is what the controller would have done at
+    that moment, not where the run would have gone under it.
+
+    Attributes:
+        recorded_controller: who governed the recorded run.
+        decisions: decisions replayed.
+        differing: decisions whose learning-rate scale differs by more than 5 % or whose directive differs.
+        regimes: the replayed controller's regime → decisions.
+        faults: decisions in which it raised or answered nonsense.
+        steps: one record per decision: step, recorded and replayed scale, directives and regime.
+    """
+
+    recorded_controller: str
+    decisions: int
+    differing: int
+    regimes: dict[str, int]
+    faults: int
+    steps: list[dict[str, Any]] = field(repr=False)
+
+
+def replay(ledger: str | Path, controller: Controller) -> Replay:
+    """Replays a ledger.
+
+    Args:
+        ledger: a `ledger.jsonl`.
+        controller: who is to answer; reset first.
+
+    Raises:
+        ValueError: the file is missing, damaged, of another schema, or without a decision.
+    """
+    records = read_ledger(ledger)
+    header = next(records, None)
+    if header is None or header["type"] != "header":
+        raise ValueError(
+            f"ledger: {ledger} does not start with a header; accepted: a ledger.jsonl that a governed run wrote"
+        )
+    if header.get("schema") != LEDGER_SCHEMA:
+        raise ValueError(f"ledger: schema is {header.get('schema')!r}; this version reads {LEDGER_SCHEMA}")
+    recorded = header["context"]
+    authority = Authority(**recorded["authority"])
+    controller.reset(
+        Context(
+            total_steps=recorded["total_steps"],
+            decide_every=recorded["decide_every"],
+            authority=authority,
+            seed=recorded["seed"],
+        )
+    )
+    enforcer = Enforcer(authority)
+    steps = []
+    for record in records:
+        if record["type"] != "decision":
+            continue
+        proposed, fault = None, None
+        try:
+            proposed = controller.act(Telemetry.from_dict(record["telemetry"]))
+        except Exception as e:  # as the governor would: a broken controller is a finding, not a crash
+            fault = f"{type(e).__name__}: {e}"
+        ruling = enforcer.rule(proposed, fault)
+        executed = record["executed"]
+        steps.append(
+            {
+                "step": record["step"],
+                "recorded_lr_scale": executed["lr_scale"],
+                "replayed_lr_scale": ruling.action.lr_scale,
+                "recorded_directive": executed["directive"],
+                "replayed_directive": str(ruling.action.directive),
+                "regime": ruling.action.regime,
+                "reasons": list(ruling.reasons),
+            }
+        )
+    if not steps:
+        raise ValueError(f"ledger: {ledger} holds no decision")
+    return Replay(
+        recorded_controller=header["controller"],
+        decisions=len(steps),
+        differing=sum(_differs(s) for s in steps),
+        regimes=dict(Counter(s["regime"] for s in steps)),
+        faults=enforcer.faults,
+        steps=steps,
+    )
+
+
+def _differs(step: dict[str, Any]) -> bool:
+    ratio = math.log(step["replayed_lr_scale"] / step["recorded_lr_scale"])
+    return abs(ratio) > 0.05 or step["recorded_directive"] != step["replayed_directive"]
