@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lbw_rl.action import NEUTRAL, Action
 from lbw_rl.controller import Context, Controller
 from lbw_rl.signals import Telemetry
@@ -13,11 +15,17 @@ class Constant(Controller):
     Args:
         lr_scale: multiple of the scheduled learning rate.
         momentum_scale: multiple of the momentum's averaging horizon.
+
+    Raises:
+        ValueError: a scale that is not a finite number > 0.
     """
 
     name = "constant"
 
     def __init__(self, lr_scale: float = 1.0, momentum_scale: float = 1.0) -> None:
+        for name, value in (("lr_scale", lr_scale), ("momentum_scale", momentum_scale)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"constant.{name}: {value} must be > 0 and finite")
         self._action = (
             NEUTRAL if lr_scale == momentum_scale == 1.0 else Action(lr_scale=lr_scale, momentum_scale=momentum_scale)
         )

@@ -35,7 +35,7 @@ class EntroPIC(Controller):
         gain: ln(lr_scale) at α = 1.
 
     Raises:
-        ValueError: an unknown law, a target outside (0, 1], or a count below 1.
+        ValueError: an unknown law, a target outside (0, 1], a count below 1, or a gain outside [0, 100).
     """
 
     name = "entropic"
@@ -58,6 +58,9 @@ class EntroPIC(Controller):
         for name, count in (("recalibrate", recalibrate), ("smoothing", smoothing), ("warmup", warmup)):
             if not (isinstance(count, int) and count >= 1):
                 raise ValueError(f"entropic.{name}: {count!r} must be a whole number >= 1")
+        for name, value in (("kp", kp), ("ki", ki), ("gain", gain)):
+            if not 0 <= value < 100:
+                raise ValueError(f"entropic.{name}: {value} must be in [0, 100)")
         self.law, self.target, self.recalibrate, self.warmup = law, target, recalibrate, warmup
         self.smoothing, self.kp, self.ki, self.gain = smoothing, kp, ki, gain
         self.reset(Context())

@@ -19,7 +19,7 @@ from lbw_rl.statistics import ExponentialMean
 class LBWGuard(Controller):
     """Inner loop on the update-to-weight ratio, guarded by loss, gradient norm and surprise.
 
-    Set-point: r*(p) = displacement/sqrt(T) · (1 − p), p the progress through T planned steps (constant where the
+    Set-point: r*(p) = displacement/sqrt(T) · sqrt(1 − p), p the progress through T planned steps (constant where the
     horizon is unknown), times a caution factor in [0.1, 1]. The inner loop identifies ratio = gain · rate and
     sets the rate that gives r*, so the base rate cancels out of the run.
 
@@ -83,7 +83,8 @@ class LBWGuard(Controller):
             self._caution = max(0.1, self._caution / 2)
         else:
             self._caution = min(1.0, self._caution * 1.1)
-        target = self._level * self._caution * (1.0 - t.progress if math.isfinite(t.progress) else 1.0)
+        shape = math.sqrt(1.0 - t.progress) if math.isfinite(t.progress) else 1.0
+        target = self._level * self._caution * shape
         scale = self._plant.scale_for(target, t.learning_rate)
         if scale is None:
             return self._propose(1.0, alarm or "calibrating", evidence)

@@ -47,11 +47,11 @@ class PID(Controller):
             raise ValueError(f"pid.signal: {signal!r} is unknown; accepted: {', '.join(get_args(Measured))}")
         if setpoint == "auto" and signal != "update_ratio":
             raise ValueError(f"pid.setpoint: 'auto' is known for update_ratio only; give a number for {signal}")
-        if setpoint != "auto" and not (isinstance(setpoint, int | float) and setpoint > 0):
+        if setpoint != "auto" and not (isinstance(setpoint, int | float) and 0 < setpoint < math.inf):
             raise ValueError(f"pid.setpoint: {setpoint!r} must be a number > 0 or 'auto'")
         for name, gain in (("kp", kp), ("ki", ki), ("kd", kd), ("deadband", deadband)):
-            if not gain >= 0:
-                raise ValueError(f"pid.{name}: {gain} must be >= 0")
+            if not 0 <= gain < math.inf:
+                raise ValueError(f"pid.{name}: {gain} must be >= 0 and finite")
         self.signal, self.setpoint = signal, setpoint
         self.kp, self.ki, self.kd, self.deadband = kp, ki, kd, deadband
         self.reset(Context())
@@ -69,7 +69,7 @@ class PID(Controller):
             self._peak_lr = max(self._peak_lr, t.learning_rate)
         measured = getattr(t, self.signal)
         shape = t.learning_rate / self._peak_lr if self._peak_lr > 0 else 1.0
-        if not (measured > 0 and shape > 0 and t.lr_scale > 0):
+        if not (0 < measured < math.inf and 0 < shape < math.inf and t.lr_scale > 0):
             return Action(lr_scale=t.lr_scale, regime="calibrating") if t.lr_scale > 0 else NEUTRAL
         target = self._level * shape
         error = math.log(target / measured)

@@ -65,13 +65,14 @@ class FrozenPolicy(Controller):
     def act(self, telemetry: Telemetry) -> Action:
         """The policy's mean action, or the fallback's once that has taken over."""
         header = self.policy.header
-        features = self._tracker({k: np.array([v]) for k, v in telemetry.as_dict().items()})[0]
-        distance = np.abs(features - header.mean) / header.std
-        unfamiliar = bool(distance.max() > header.fallback.feature_z)
+        features = self._tracker(telemetry.as_dict())[0]
+        unfamiliarity = float((np.abs(features - self.policy.mean) / self.policy.std).max())
+        unfamiliar = unfamiliarity > header.fallback.feature_z
         self._unfamiliar += unfamiliar
         self._recent.append(unfamiliar)
         rule = self._fallback.act(telemetry)  # kept warm, so that a hand-over has its baselines
-        if len(self._recent) == header.fallback.window and np.mean(self._recent) > header.fallback.rate:
+        window = header.fallback.window
+        if len(self._recent) == window and sum(self._recent) / window > header.fallback.rate:
             self._fallen_back = True
         if self._fallen_back:
             return rule
@@ -80,7 +81,7 @@ class FrozenPolicy(Controller):
             lr_scale=log_interpolate(lr, header.authority.lr_scale),
             momentum_scale=log_interpolate(momentum, header.authority.momentum_scale),
             regime="learned-unfamiliar" if unfamiliar else "learned",
-            evidence={"action_lr": lr, "action_momentum": momentum, "unfamiliarity": float(distance.max())},
+            evidence={"action_lr": lr, "action_momentum": momentum, "unfamiliarity": unfamiliarity},
         )
 
     def state_dict(self) -> dict[str, Any]:

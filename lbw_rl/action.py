@@ -43,12 +43,12 @@ def log_interpolate(unit: float, bounds: tuple[float, float]) -> float:
     """Maps `unit` ∈ [-1, 1] log-linearly onto `bounds`: -1 → low, +1 → high, 0 → their geometric mean.
 
     Clips `unit` first, so the result never leaves the bounds. Bounds symmetric about 1 in the log
-    (for example 1/100…100) make 0 the neutral action.
+    (for example 1/100…100) make 0 the neutral action. NaN stays NaN: a fault for the authority to see, not a bound.
     """
     low, high = bounds
-    fraction = (min(1.0, max(-1.0, unit)) + 1.0) / 2.0
+    fraction = (min(max(unit, -1.0), 1.0) + 1.0) / 2.0  # in this order NaN passes through
     value = math.exp(math.log(low) + fraction * (math.log(high) - math.log(low)))
-    return min(high, max(low, value))  # exp∘log may miss an end point by one ulp
+    return min(max(value, low), high)  # exp∘log may miss an end point by one ulp
 
 
 def log_position(value: float, bounds: tuple[float, float]) -> float:

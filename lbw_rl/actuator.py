@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ def scaled_decay(decay: float, scale: float) -> float:
     """
     if decay == 0.0 or scale == 1.0:
         return decay
-    return max(0.0, 1.0 - (1.0 - decay) / scale)
+    # A horizon past what a float can hold would round to β′ = 1, which never forgets.
+    return min(max(1.0 - (1.0 - decay) / scale, 0.0), math.nextafter(1.0, 0.0))
 
 
 class Actuator:
@@ -58,7 +60,8 @@ class Actuator:
                 group[key] = value
         self._saved.clear()
         for parameter, gradient in self._withheld:
-            parameter.grad = gradient
+            if parameter.grad is None:  # else a backward pass came in between: the newer gradient stands
+                parameter.grad = gradient
         self._withheld.clear()
 
     def _scale_lr(self, group: dict[str, Any], scale: float) -> None:

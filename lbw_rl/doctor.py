@@ -12,15 +12,8 @@ import psutil
 import torch
 
 from lbw_rl.device import DeviceSource
+from lbw_rl.extras import EXTRAS
 from lbw_rl.policy import PolicyError
-
-EXTRAS = {
-    "rl": ("gymnasium", "stable-baselines3"),
-    "hf": ("transformers", "tokenizers", "datasets", "peft", "accelerate"),
-    "metrics": ("prometheus-client", "tensorboard"),
-    "report": ("plotly", "pandas", "pyarrow", "scipy"),
-    "ray": ("ray",),
-}
 
 
 def examine() -> dict[str, Any]:

@@ -20,21 +20,22 @@ FEATURE_LIMIT = 3.0
 """Every feature is clipped to ±this; 0 is the centre of its range and stands for "not measured"."""
 
 _FAST, _SLOW = 0.3, 0.1  # weights of the newest decision in the two exponential means (half-lives ~2 and ~7)
-_DISPLACEMENT = 0.7  # update_ratio · sqrt(total steps) of a well-tuned run (docs/LOG.md, 2026-11-22)
+_LN_2, _LN_10 = np.log(2), np.log(10)
+_LN_DISPLACEMENT = np.log(0.7)  # update_ratio · sqrt(total steps) of a well-tuned run (docs/LOG.md, 2026-11-22)
 _UNKNOWN_HORIZON = 1000.0
+_HUGE = 1e100  # sums and differences of anything smaller stay finite; what is larger was not measured
 
 
-def _log_ratio(a: Array, b: Array | float) -> Array:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log(a) - np.log(b)
+def _log_ratio(a: Array, b: Array) -> Array:
+    return np.log(a) - np.log(b)
 
 
 _DEFINITIONS: dict[str, tuple[str, Callable[[dict[str, Array]], Array]]] = {
     "progress": ("2·progress − 1", lambda s: 2 * s["progress"] - 1),
-    "lr_scale": ("ln(executed lr_scale) / ln 10", lambda s: np.log(s["lr_scale"]) / np.log(10)),
+    "lr_scale": ("ln(executed lr_scale) / ln 10", lambda s: np.log(s["lr_scale"]) / _LN_10),
     "momentum_scale": (
         "ln(executed momentum_scale) / ln 2",
-        lambda s: np.log(s["momentum_scale"]) / np.log(2),
+        lambda s: np.log(s["momentum_scale"]) / _LN_2,
     ),
     "schedule": (
         "2·(scheduled lr / its maximum so far) − 1",
@@ -42,7 +43,7 @@ _DEFINITIONS: dict[str, tuple[str, Callable[[dict[str, Array]], Array]]] = {
     ),
     "displacement": (
         "ln(update_ratio · sqrt(total steps) / 0.7): the run's random-walk displacement relative to its weights",
-        lambda s: _log_ratio(s["update_ratio"] * s["_sqrt_horizon"], _DISPLACEMENT),
+        lambda s: np.log(s["update_ratio"] * s["_sqrt_horizon"]) - _LN_DISPLACEMENT,
     ),
     "update_ratio_trend": (
         "ln(update_ratio / its slow mean)",
@@ -66,7 +67,7 @@ _DEFINITIONS: dict[str, tuple[str, Callable[[dict[str, Array]], Array]]] = {
     ),
     "grad_entropy": ("4·grad_entropy − 2", lambda s: 4 * s["grad_entropy"] - 2),
     "grad_cosine": ("2·grad_cosine", lambda s: 2 * s["grad_cosine"]),
-    "surprise": ("ln(surprise) / 2", lambda s: _log_ratio(s["surprise"], 1.0) / 2),
+    "surprise": ("ln(surprise) / 2", lambda s: np.log(s["surprise"]) / 2),
     "nonfinite": ("nonfinite", lambda s: s["nonfinite"]),
     "throughput": (
         "2·ln(tokens_per_second / its slow mean)",
@@ -80,7 +81,13 @@ _DEFINITIONS: dict[str, tuple[str, Callable[[dict[str, Array]], Array]]] = {
 FEATURES: dict[str, str] = {name: definition for name, (definition, _) in _DEFINITIONS.items()}
 """Feature name → definition, in the order of the vector (schema v1)."""
 
-_SLOW_MEANS = ("update_ratio", "grad_norm", "tokens_per_second")
+_SIGNALS_READ = (
+    "progress", "lr_scale", "momentum_scale", "learning_rate", "update_ratio", "loss", "grad_norm", "grad_entropy",
+    "grad_cosine", "surprise", "nonfinite", "tokens_per_second", "gpu_utilization", "gpu_memory", "gpu_power",
+)  # fmt: skip
+
+_SLOW_MEANS = ("_loss_slow", "_loss_deviation", "_update_ratio", "_grad_norm", "_tokens_per_second")
+_MEMORY = ("_lr_max", "_loss_first", "_loss_fast", *_SLOW_MEANS)
 
 
 class FeatureTracker:
@@ -94,79 +101,66 @@ class FeatureTracker:
         self.n = n
         horizon = _UNKNOWN_HORIZON if total_steps is None else total_steps
         self._sqrt_horizon = np.sqrt(np.broadcast_to(np.asarray(horizon, dtype=np.float64), (n,)).copy())
-        self._state = {
-            key: np.full(n, np.nan)
-            for key in (
-                "_lr_max",
-                "_loss_first",
-                "_loss_fast",
-                "_loss_slow",
-                "_loss_deviation",
-                *(f"_{m}" for m in _SLOW_MEANS),
-            )
-        }
-        self.clipped = np.zeros(n)
+        self._memory = np.full((len(_MEMORY), n), np.nan)
+        self._raw = np.zeros((n, len(_DEFINITIONS)))
+
+    @property
+    def clipped(self) -> Array:
         """Share of the features of the last decision that lay outside ±`FEATURE_LIMIT`, shape (n,)."""
+        return (np.abs(self._raw) > FEATURE_LIMIT).mean(axis=1)
 
     def reset(self, mask: NDArray[np.bool_], total_steps: Array | float | None = None) -> None:
         """Forgets the runs where `mask`, shape (n,), is true; `total_steps` gives their new horizons."""
-        for values in self._state.values():
-            values[mask] = np.nan
+        self._memory[:, mask] = np.nan
+        self._raw[mask] = 0.0
         if total_steps is not None:
             self._sqrt_horizon[mask] = np.sqrt(
                 np.broadcast_to(np.asarray(total_steps, dtype=np.float64), (self.n,))[mask]
             )
 
-    def __call__(self, signals: Mapping[str, Array]) -> Array:
+    def __call__(self, signals: Mapping[str, Array | float]) -> Array:
         """Takes in one decision's signals.
 
         Args:
-            signals: signal name → array of shape (n,); a signal that is absent counts as not measured.
+            signals: signal name → array of shape (n,), or one number for all runs; a signal that is absent
+                counts as not measured.
 
         Returns:
             Features of shape (n, len(FEATURES)), all finite and within ±`FEATURE_LIMIT`.
         """
-        missing = np.full(self.n, np.nan)
-        s: dict[str, Array] = dict.fromkeys(_SIGNALS_READ, missing)
-        s.update({k: np.where(np.isfinite(v), v, np.nan) for k, v in signals.items() if k in _SIGNALS_READ})
-        self._update_peaks(s)
-        # Jumps are measured against the past alone: the newest value enters its own mean afterwards.
-        s.update(self._state, _sqrt_horizon=self._sqrt_horizon)
-        loss_slow = np.where(np.isnan(s["_loss_slow"]), s["loss"], s["_loss_slow"])
-        self._state["_loss_fast"] = s["_loss_fast"] = _blend(self._state["_loss_fast"], s["loss"], _FAST)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            raw = np.stack([fn(s) for _, fn in _DEFINITIONS.values()], axis=1)
-        self._state["_loss_deviation"] = _blend(
-            self._state["_loss_deviation"], np.abs(s["loss"] - loss_slow) + 1e-3, _SLOW
-        )
-        self._state["_loss_slow"] = _blend(self._state["_loss_slow"], s["loss"], _SLOW)
-        for m in _SLOW_MEANS:
-            self._state[f"_{m}"] = _blend(self._state[f"_{m}"], s[m], _SLOW)
-        raw = np.where(np.isnan(raw), 0.0, raw)
-        self.clipped = (np.abs(raw) > FEATURE_LIMIT).mean(axis=1)
-        return np.clip(raw, -FEATURE_LIMIT, FEATURE_LIMIT)
-
-    def _update_peaks(self, s: Mapping[str, Array]) -> None:
-        self._state["_lr_max"] = np.fmax(self._state["_lr_max"], s["learning_rate"])
-        first = self._state["_loss_first"]
-        self._state["_loss_first"] = np.where(np.isnan(first), s["loss"], first)
+        read = np.empty((len(_SIGNALS_READ), self.n))
+        for row, name in zip(read, _SIGNALS_READ):
+            row[:] = signals.get(name, np.nan)
+        read[~(np.abs(read) < _HUGE)] = np.nan
+        s = dict(zip(_SIGNALS_READ, read))
+        memory = dict(zip(_MEMORY, self._memory))  # views: writing to them is remembering
+        loss, loss_first, loss_slow = s["loss"], memory["_loss_first"], memory["_loss_slow"]
+        deviation = np.abs(loss - np.where(np.isnan(loss_slow), loss, loss_slow)) + 1e-3
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            memory["_lr_max"][:] = np.fmax(memory["_lr_max"], s["learning_rate"])
+            loss_first[:] = np.where(np.isnan(loss_first), loss, loss_first)
+            memory["_loss_fast"][:] = _blend(memory["_loss_fast"], loss, _FAST)
+            # Jumps are measured against the past alone: the newest value enters its own slow mean afterwards.
+            s.update(memory, _sqrt_horizon=self._sqrt_horizon)
+            for i, (_, feature) in enumerate(_DEFINITIONS.values()):
+                self._raw[:, i] = feature(s)
+        newest = np.array([loss, deviation, s["update_ratio"], s["grad_norm"], s["tokens_per_second"]])
+        slow = self._memory[-len(_SLOW_MEANS) :]
+        slow[:] = _blend(slow, newest, _SLOW)
+        self._raw[np.isnan(self._raw)] = 0.0
+        return self._raw.clip(-FEATURE_LIMIT, FEATURE_LIMIT)
 
     def state_dict(self) -> dict[str, Any]:
         """The means, as JSON data (NaN as None)."""
-        return {k: [None if np.isnan(x) else float(x) for x in v] for k, v in self._state.items()}
+        return {k: [None if np.isnan(x) else float(x) for x in v] for k, v in zip(_MEMORY, self._memory)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`'s means."""
-        self._state = {k: np.array([np.nan if x is None else x for x in v], dtype=np.float64) for k, v in state.items()}
-
-
-_SIGNALS_READ = (
-    "progress", "lr_scale", "momentum_scale", "learning_rate", "update_ratio", "loss", "grad_norm", "grad_entropy",
-    "grad_cosine", "surprise", "nonfinite", "tokens_per_second", "gpu_utilization", "gpu_memory", "gpu_power",
-)  # fmt: skip
+        for name, row in zip(_MEMORY, self._memory):
+            row[:] = [np.nan if x is None else x for x in state[name]]
 
 
 def _blend(mean: Array, value: Array, weight: float) -> Array:
     """Exponential mean that starts at its first value and ignores NaN."""
     moved = mean + weight * (value - mean)
-    return np.where(np.isnan(value), mean, np.where(np.isnan(mean), value, moved))
+    return np.where(np.isnan(moved), np.fmax(mean, value), moved)  # where one is NaN, fmax takes the other

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,9 @@ log = logging.getLogger("lbw_rl")
 
 Mode = Literal["govern", "shadow", "off"]
 
+# Two governors' restores would interleave and leave a scale in place for the scheduler to compound.
+_GOVERNED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
 
 class Governor:
     """Governs an optimizer from above: its update rule, the loss, the gradients and the data stay as they are.
@@ -49,7 +53,8 @@ class Governor:
         snapshot_bytes: host memory for the last good state, used only where the authority allows rollbacks.
 
     Raises:
-        ValueError: an unknown mode or controller, `total_steps` or `decide_every` below 1.
+        ValueError: an unknown mode or controller, `total_steps` or `decide_every` below 1, or an optimizer that
+            another governor still governs.
 
     The learning rate seen by schedulers and loggers is always the scheduled one: the scale lives only inside
     the step. A rollback restores weights and optimizer state; the data goes on, and the batch at hand is skipped.
@@ -76,6 +81,8 @@ class Governor:
             raise ValueError(f"total_steps: {total_steps} must be at least 1, or None if unknown")
         if decide_every < 1:
             raise ValueError(f"decide_every: {decide_every} must be at least 1")
+        if mode == "govern" and optimizer in _GOVERNED:
+            raise ValueError("optimizer: another governor governs it; accepted: close() that one first")
         self.optimizer = optimizer
         self.controller = load_controller(controller)
         self.authority = authority or Authority()
@@ -112,6 +119,8 @@ class Governor:
                 optimizer.register_step_pre_hook(self._before),
                 optimizer.register_step_post_hook(self._after),
             ]
+        if mode == "govern":
+            _GOVERNED.add(optimizer)
 
     def observe(
         self,
@@ -128,7 +137,7 @@ class Governor:
                 is taken from the gradients that the optimizer gets.
             tokens: training tokens of this micro-batch; by default the size of the model's `input_ids`.
         """
-        if self.mode == "off":
+        if not self._handles:  # off, or closed
             return
         start = time.perf_counter()
         if loss is not None:
@@ -144,12 +153,12 @@ class Governor:
     def _before(self, *_: Any) -> None:
         start = time.perf_counter()
         try:
+            self._actuator.restore()  # a step that raised never reached its post hook
             action = self._decide() if self.step % self.context.decide_every == 0 else self._held
             self._execute(action)
         except Exception as e:  # fail-open: the step must run
             self._fault("governor", e)
-            self._actuator.restore()
-            self.executed = NEUTRAL
+            self._let_go()
         self._overhead += time.perf_counter() - start
 
     def _after(self, *_: Any) -> None:
@@ -172,7 +181,7 @@ class Governor:
             except Exception as e:  # a broken controller loses its say, not the run
                 fault = f"{type(e).__name__}: {e}"
                 self._fault("controller", e)
-        ruling = self.last_ruling = self._enforcer.rule(proposed, fault)
+        ruling = self.last_ruling = self._enforcer.rule(proposed, fault, restorable=self._can_roll_back())
         action = ruling.action
         self._count(action)
         if self.mode == "shadow":
@@ -190,7 +199,26 @@ class Governor:
         self._actuator.apply(action)
         self.executed = action
         if (self.step + 1) % self.context.decide_every == 0 and action.directive is Directive.PROCEED:
-            self._probe.before_step()
+            try:
+                self._probe.before_step()
+            except Exception as e:  # an update that cannot be measured is executed all the same
+                self._fault("probe", e)
+
+    def _let_go(self) -> None:
+        """Executes the neutral action, within the slew limit; where even that fails, nothing."""
+        self._actuator.restore()
+        self.executed = NEUTRAL if self.mode == "shadow" else self._enforcer.let_go(self.executed.lr_scale)
+        try:
+            self._actuator.apply(self.executed)
+        except Exception as e:  # the optimizer cannot be written to at all
+            self._fault("actuator", e)
+            self._actuator.restore()
+            self.executed = NEUTRAL
+
+    def _can_roll_back(self) -> bool:
+        if self.mode == "shadow":
+            return True  # it records what would have been done
+        return self._snapshot is not None and self._snapshot.step is not None
 
     def _telemetry(self) -> Telemetry:
         total = self.context.total_steps
@@ -208,7 +236,10 @@ class Governor:
         except Exception as e:  # a signal that cannot be measured is missing, no more
             self._fault("probe", e)
         if self._device is not None:
-            values.update(self._device.read())
+            try:
+                values.update(self._device.read())
+            except Exception as e:
+                self._fault("device", e)
         return Telemetry(**values)
 
     def _keep_last_good(self, telemetry: Telemetry, action: Action) -> None:
@@ -239,9 +270,8 @@ class Governor:
         if path is None:
             return
         try:
-            fresh = not Path(path).exists()
             self._ledger = Ledger(path)
-            if fresh:
+            if Path(path).stat().st_size == 0:
                 context = {
                     "total_steps": self.context.total_steps,
                     "decide_every": self.context.decide_every,
@@ -270,20 +300,20 @@ class Governor:
     ) -> None:
         if self._ledger is None:
             return
-        record = {
-            "step": self.step,
-            "telemetry": telemetry.as_dict(),
-            "proposed": _brief(proposed),
-            "executed": _brief(executed),
-            "regime": (would or executed).regime,
-            "evidence": dict((would or executed).evidence),
-            "reasons": list(reasons),
-        }
-        if would is not None:
-            record["would_execute"] = _brief(would)
         try:
+            record = {
+                "step": self.step,
+                "telemetry": telemetry.as_dict(),
+                "proposed": _brief(proposed),
+                "executed": _brief(executed),
+                "regime": (would or executed).regime,
+                "evidence": dict((would or executed).evidence),
+                "reasons": list(reasons),
+            }
+            if would is not None:
+                record["would_execute"] = _brief(would)
             self._ledger.write("decision", record)
-        except (OSError, TypeError, ValueError) as e:
+        except Exception as e:  # a full disk, or evidence that is no JSON
             self._fault("ledger", e)
 
     def _fault(self, where: str, error: Exception) -> None:
@@ -307,6 +337,11 @@ class Governor:
             `suspended`, `faults` (where → count), `overhead_seconds` spent in governance, `regimes` (name →
             decisions), `controller` (its own counters). In shadow mode: what would have been executed.
         """
+        try:
+            own = self.controller.summary()
+        except Exception as e:
+            self._fault("controller", e)
+            own = {}
         return {
             "decisions": self._counts["decisions"],
             "interventions": self._counts["interventions"],
@@ -316,7 +351,7 @@ class Governor:
             "faults": dict(self._faults),
             "overhead_seconds": self._overhead,
             "regimes": dict(self._regimes),
-            "controller": self.controller.summary(),
+            "controller": own,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -326,6 +361,7 @@ class Governor:
             "controller": self.controller.state_dict(),
             "enforcer": self._enforcer.state_dict(),
             "probe": self._probe.state_dict(),
+            "observer": self._observer.state_dict(),
             "held": _brief(self._held),
             "executed": _brief(self.executed),
             "counts": dict(self._counts),
@@ -341,7 +377,11 @@ class Governor:
         self.controller.load_state_dict(state["controller"])
         self._enforcer.load_state_dict(state["enforcer"])
         self._probe.load_state_dict(state["probe"])
-        self._held, self.executed = _unbrief(state["held"]), _unbrief(state["executed"])
+        self._observer.load_state_dict(state["observer"])
+        self.executed = _unbrief(state["executed"])
+        # The state may come from a run with wider authority, or from one that was not in shadow mode.
+        held = self.authority.clip(_unbrief(state["held"]), self.executed.lr_scale)[0]
+        self._held = held if self.mode == "govern" else NEUTRAL
         self._counts, self._regimes, self._faults = (
             Counter(state["counts"]),
             Counter(state["regimes"]),
@@ -354,6 +394,8 @@ class Governor:
     def close(self) -> None:
         """Lets go of the optimizer and the model; the run continues ungoverned. Safe to call twice."""
         self._actuator.restore()
+        if self._handles and self.mode == "govern":
+            _GOVERNED.discard(self.optimizer)
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -361,7 +403,10 @@ class Governor:
         if self._device is not None:
             self._device.close()
         if self._ledger is not None:
-            self._ledger.close()
+            try:
+                self._ledger.close()
+            except OSError as e:  # a line that the disk did not take is still in the buffer
+                self._fault("ledger", e)
             self._ledger = None
 
     def __enter__(self) -> Governor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,16 +23,39 @@ def _clean(value: Any) -> Any:
     return value
 
 
+def _number(value: Any) -> float | None:
+    """What json does not know (numpy and torch scalars) as a number."""
+    return _clean(float(value))
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Takes off a last line that a kill tore, so that the next record starts on a line of its own."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        torn = file.seek(0, os.SEEK_END)
+        while torn > 0:
+            start = max(0, torn - (1 << 16))
+            file.seek(start)
+            newline = file.read(torn - start).rfind(b"\n")
+            if newline >= 0:
+                torn = start + newline + 1
+                break
+            torn = start
+        file.truncate(torn)
+
+
 class Ledger:
     """One JSON object a line; the first is the header. A line is on its way to disk before the step goes on.
 
     Args:
-        path: the file; its folder is made. An existing ledger is continued, not overwritten.
+        path: the file; its folder is made. An existing ledger is continued, not overwritten; a torn last line goes.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(self.path)
         self._file: TextIO = self.path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
@@ -40,7 +64,7 @@ class Ledger:
         Raises:
             OSError: the disk is full or gone; the caller decides whether the run goes on without a ledger.
         """
-        self._file.write(json.dumps({"type": kind, **_clean(record)}, separators=(",", ":"), default=float) + "\n")
+        self._file.write(json.dumps({"type": kind, **_clean(record)}, separators=(",", ":"), default=_number) + "\n")
 
     def close(self) -> None:
         """Flushes and closes the file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,14 +12,14 @@ import torch
 class Observer:
     """Accumulates what one decision window brings, without a host transfer.
 
-    A loss that the caller passes takes precedence over the model's own `.loss`, so that nothing counts twice.
+    What the caller passes takes precedence over what the model's forward pass shows, so that nothing counts twice.
     """
 
     def __init__(self, model: torch.nn.Module | None) -> None:
         self._explicit: list[torch.Tensor] = []
         self._from_model: list[torch.Tensor] = []
         self.grad_norm: torch.Tensor | float | None = None
-        self._tokens = 0
+        self._explicit_tokens = self._model_tokens = 0
         self._steps = 0
         self._since = time.perf_counter()
         self._hook = model.register_forward_hook(self._on_forward, with_kwargs=True) if model is not None else None
@@ -29,7 +30,7 @@ class Observer:
 
     def tokens(self, count: int) -> None:
         """Adds to the window's tokens."""
-        self._tokens += count
+        self._explicit_tokens += count
 
     def step_done(self) -> None:
         """Counts one optimizer step of the window."""
@@ -38,16 +39,36 @@ class Observer:
     def collect(self) -> tuple[torch.Tensor | None, torch.Tensor | float | None, dict[str, float]]:
         """Ends the window: mean loss, gradient norm if the caller gave one, and the clock's signals."""
         losses = self._explicit or self._from_model
-        loss = torch.stack([x.float().mean() for x in losses]).mean() if losses else None
+        tokens = self._explicit_tokens or self._model_tokens
         now = time.perf_counter()
         clock = {}
         if self._steps:
             clock["step_seconds"] = (now - self._since) / self._steps
-            if self._tokens:
-                clock["tokens_per_second"] = self._tokens / (now - self._since)
+            if tokens:
+                clock["tokens_per_second"] = tokens / (now - self._since)
         grad_norm, self.grad_norm = self.grad_norm, None
-        self._explicit, self._from_model, self._tokens, self._steps, self._since = [], [], 0, 0, now
+        self._explicit, self._from_model, self._steps, self._since = [], [], 0, now
+        self._explicit_tokens = self._model_tokens = 0
+        loss = torch.stack([x.float().mean().to(losses[-1].device) for x in losses]).mean() if losses else None
         return loss, grad_norm, clock
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window so far: a checkpoint may fall between two decisions."""
+        return {
+            "explicit": list(self._explicit),
+            "from_model": list(self._from_model),
+            "grad_norm": self.grad_norm,
+            "tokens": [self._explicit_tokens, self._model_tokens],
+            "steps": self._steps,
+            "elapsed": time.perf_counter() - self._since,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`."""
+        self._explicit, self._from_model = list(state["explicit"]), list(state["from_model"])
+        self.grad_norm, self._steps = state["grad_norm"], state["steps"]
+        self._explicit_tokens, self._model_tokens = state["tokens"]
+        self._since = time.perf_counter() - state["elapsed"]
 
     def close(self) -> None:
         """Takes the hook off the model."""
@@ -62,4 +83,4 @@ class Observer:
             self._from_model.append(loss.detach())
         inputs = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(inputs, torch.Tensor) and not inputs.is_floating_point():
-            self._tokens += inputs.numel()
+            self._model_tokens += inputs.numel()

@@ -6,19 +6,21 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from lbw_rl.authority import Authority
 from lbw_rl.features import FEATURE_LIMIT, FEATURE_SCHEMA, FEATURES
+from lbw_rl.registry import CONTROLLERS
 
 POLICY_SCHEMA = 1
 WEIGHTS_FILE, HEADER_FILE, CARD_FILE = "policy.safetensors", "policy.json", "CARD.md"
@@ -41,6 +43,14 @@ class Fallback(BaseModel):
         0.5, gt=0, le=1, description="share of recent decisions with such a feature past which the rule takes over"
     )
     window: int = Field(20, ge=1, description="recent decisions that the rate counts")
+
+    @field_validator("controller")
+    @classmethod
+    def _is_a_rule(cls, name: str) -> str:
+        rules = [c for c in CONTROLLERS if c not in ("ppo", "random")]
+        if name not in rules:
+            raise ValueError(f"{name!r} is no rule-based controller; accepted: {', '.join(rules)}")
+        return name
 
 
 class PolicyHeader(BaseModel):
@@ -75,6 +85,16 @@ class Policy:
     header: PolicyHeader
     layers: list[tuple[NDArray[np.float32], NDArray[np.float32]]]
 
+    @cached_property
+    def mean(self) -> NDArray[np.float64]:
+        """The normaliser's mean of each feature."""
+        return np.array(self.header.mean)
+
+    @cached_property
+    def std(self) -> NDArray[np.float64]:
+        """The normaliser's standard deviation of each feature."""
+        return np.array(self.header.std)
+
     def action(self, features: NDArray[np.float64]) -> NDArray[np.float32]:
         """The mean action for one feature vector.
 
@@ -84,11 +104,11 @@ class Policy:
         Returns:
             shape (2,), clipped to [-1, 1].
         """
-        x = ((features - self.header.mean) / self.header.std).astype(np.float32)
+        x = ((features - self.mean) / self.std).astype(np.float32)
         for weight, bias in self.layers[:-1]:
             x = np.tanh(weight @ x + bias)
         weight, bias = self.layers[-1]
-        return np.clip(weight @ x + bias, -1.0, 1.0)
+        return (weight @ x + bias).clip(-1.0, 1.0)
 
 
 def save_policy(
@@ -172,7 +192,7 @@ def load_policy(folder: str | Path) -> Policy:
 def _header(folder: Path) -> PolicyHeader:
     try:
         raw = json.loads((folder / HEADER_FILE).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, or nested without end
         raise PolicyError(f"policy: {HEADER_FILE} is not JSON ({e})") from e
     version = raw.get("policy_schema") if isinstance(raw, dict) else None
     if version != POLICY_SCHEMA:
@@ -210,9 +230,13 @@ def _checked_layers(
     layers = []
     for i, (inputs, outputs) in enumerate(pairwise(sizes)):
         weight, bias = tensors[f"{i}.weight"], tensors[f"{i}.bias"]
-        if weight.shape != (outputs, inputs) or bias.shape != (outputs,) or weight.dtype != np.float32:
+        if (
+            weight.shape != (outputs, inputs)
+            or bias.shape != (outputs,)
+            or {weight.dtype, bias.dtype} != {np.dtype(np.float32)}
+        ):
             raise PolicyError(
-                f"policy: layer {i} is {weight.dtype} {weight.shape} + {bias.shape}; needed: float32 ({outputs}, {inputs}) + ({outputs},)"
+                f"policy: layer {i} is {weight.dtype} {weight.shape} + {bias.dtype} {bias.shape}; needed: float32 ({outputs}, {inputs}) + ({outputs},)"
             )
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
             raise PolicyError(f"policy: layer {i} of {folder / WEIGHTS_FILE} holds a non-finite value")

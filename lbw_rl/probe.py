@@ -11,7 +11,7 @@ import torch
 ENTROPY_BINS = 32
 """Bins of width 1 in log2|g/rms(g)|, covering [-24, 8); what falls outside goes to the end bins."""
 _LOWEST_BIN = -24.0
-_SAMPLE = 8_192
+_SAMPLE = 4_096
 
 
 def gradient_entropy(gradient: torch.Tensor) -> torch.Tensor:
@@ -22,21 +22,23 @@ def gradient_entropy(gradient: torch.Tensor) -> torch.Tensor:
 
     Returns:
         0-d tensor in [0, 1]: −Σ p log p / log(bins) over a histogram of log2|g/rms(g)|. It does not change
-        when the gradient is multiplied by a constant.
+        when the gradient is multiplied by a constant. A gradient of zeros alone has entropy 0, a non-finite one NaN.
     """
     g = gradient.detach().float().reshape(-1)
-    magnitude = torch.log2(g.abs() / g.square().mean().sqrt())
-    # An exact zero (−inf) falls into the lowest bin. NaN stands outside every bin and empties the histogram.
+    rms = g.square().mean().sqrt()
+    magnitude = torch.log2(g.abs() / rms)
+    # An exact zero (−inf) falls into the lowest bin. NaN (0/0) stands outside every bin and empties the histogram.
     bounded = magnitude.clamp_(_LOWEST_BIN, _LOWEST_BIN + ENTROPY_BINS)
     share = torch.histc(bounded, ENTROPY_BINS, _LOWEST_BIN, _LOWEST_BIN + ENTROPY_BINS) / bounded.numel()
-    return -torch.special.xlogy(share, share).sum() / math.log(ENTROPY_BINS)
+    entropy = -torch.special.xlogy(share, share).sum() / math.log(ENTROPY_BINS)
+    return torch.where(rms.isfinite(), entropy, torch.nan)
 
 
 class Probe:
     """Reads an optimizer's parameters just before and just after its step.
 
-    The sample is fixed: every `stride`-th element of each weight matrix (of every tensor, where there is no
-    matrix), about 8,000 in all, shared out in proportion to size. On it the update-to-weight ratio has a
+    The sample is fixed: every `stride`-th element of each trainable weight matrix (of every tensor, where there is
+    no matrix), about 4,000 in all, shared out in proportion to size. On it the update-to-weight ratio has a
     standard error of about 1 %.
 
     Args:
@@ -55,7 +57,6 @@ class Probe:
         self._moment_views: list[tuple[int, torch.Tensor]] = []
         self._before: torch.Tensor | None = None
         self._gradient: torch.Tensor | None = None
-        self._candidate: torch.Tensor | None = None
         self._update: torch.Tensor | None = None
 
     def measure(self, loss: torch.Tensor | float | None, grad_norm: torch.Tensor | float | None) -> dict[str, float]:
@@ -86,7 +87,6 @@ class Probe:
             if self._gradient is not None:
                 put("grad_cosine", torch.nn.functional.cosine_similarity(gradient, self._gradient, dim=0))
             put("surprise", self._surprise(gradient))
-            self._candidate = gradient
         if self._update is not None:
             names += ["update_ratio", "weight_rms"]
             values += list(self._update)
@@ -94,8 +94,8 @@ class Probe:
         seen = [measured[k] for k in ("loss", "grad_norm") if k in measured]
         if seen:
             measured["nonfinite"] = float(not all(math.isfinite(v) for v in seen))
-        if not measured.get("nonfinite") and self._candidate is not None:
-            self._gradient = self._candidate  # a poisoned gradient never becomes the reference
+        if gradient is not None and not measured.get("nonfinite") and math.isfinite(measured["grad_entropy"]):
+            self._gradient = gradient  # a poisoned gradient never becomes the reference
         return {k: v if math.isfinite(v) else math.nan for k, v in measured.items()}
 
     def before_step(self) -> None:
@@ -138,29 +138,35 @@ class Probe:
     def _surprise(self, gradient: torch.Tensor) -> torch.Tensor | None:
         """RMS_t of Wortsman et al. (2304.13013, §3.4) with the bias-corrected v that this step is about to use."""
         states = [self.optimizer.state.get(p, {}) for p, _ in self._sampled]
-        if not all("exp_avg_sq" in s and s["exp_avg_sq"].shape == p.shape for s, (p, _) in zip(states, self._sampled)):
+        known = [i for i, (p, group) in enumerate(self._sampled) if _has_second_moment(states[i], p, group)]
+        if not known:
             return None
-        group = self._sampled[0][1]
+        if len(known) < len(states):  # a tensor that has taken part in no step has no v
+            parts = gradient.split([-(-p.numel() // stride) for (p, _), stride in zip(self._sampled, self._strides)])
+            gradient = torch.cat([parts[i] for i in known])
+        group = self._sampled[known[0]][1]
         beta2 = float(group["betas"][1])
-        v = _gather([s["exp_avg_sq"] for s in states], self._strides, self._moment_views)
+        v = _gather([states[i]["exp_avg_sq"] for i in known], [self._strides[i] for i in known], self._moment_views)
         squared = gradient.square()
-        v = v.mul_(beta2).add_(squared, alpha=1.0 - beta2).div_(1.0 - beta2 ** (states[0]["step"] + 1))
+        v = v.mul_(beta2).add_(squared, alpha=1.0 - beta2).div_(1.0 - beta2 ** (states[known[0]]["step"] + 1))
         return (squared / v.clamp_min_(float(group.get("eps", 1e-8)) ** 2)).mean().sqrt()
 
     def _lay_out(self) -> None:
-        """Chooses the sample anew when the optimizer's parameters change (`add_param_group`, a loaded state)."""
+        """Chooses the sample anew when what is trained changes (`add_param_group`, a loaded state, an unfreezing)."""
         groups = self.optimizer.param_groups
-        key = (*(id(g) for g in groups), *(len(g["params"]) for g in groups))
+        trained = sum(p.requires_grad for g in groups for p in g["params"])
+        key = (*(id(g) for g in groups), *(len(g["params"]) for g in groups), trained)
         if key == self._layout_key:
             return
         present = [(p, group) for group in groups for p in group["params"] if p.numel()]
         self._parameters = [p for p, _ in present]
+        present = [(p, group) for p, group in present if p.requires_grad] or present
         self._sampled = [(p, group) for p, group in present if p.ndim >= 2] or present
         total = sum(p.numel() for p, _ in self._sampled)
         self._strides = [_stride(p, self.sample, total) for p, _ in self._sampled]
         self._layout_key = key
         self._weight_views, self._moment_views = [], []
-        self._before = self._gradient = self._candidate = self._update = None
+        self._before = self._gradient = self._update = None
 
     def state_dict(self) -> dict[str, Any]:
         """The reference gradient and the last update: what the next measurement compares with."""
@@ -169,7 +175,16 @@ class Probe:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`, after the optimizer's own state has been loaded."""
         self._lay_out()
-        self._gradient, self._update = state["gradient"], state["update"]
+        device = self._sampled[0][0].device if self._sampled else None
+        self._gradient, self._update = (
+            None if t is None else t.to(device) for t in (state["gradient"], state["update"])
+        )
+
+
+def _has_second_moment(state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether the optimizer keeps Adam's v of this parameter, element by element."""
+    v = state.get("exp_avg_sq")
+    return v is not None and v.shape == parameter.shape and "step" in state and "betas" in group
 
 
 def _stride(parameter: torch.Tensor, sample: int, total: int) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 from lbw_rl.signals import Telemetry
 from lbw_rl.statistics import ExponentialMean
 
-DISPLACEMENT = 0.7
-"""Update ratio × sqrt(total steps) of a well-tuned run: its random-walk displacement relative to its weights."""
+DISPLACEMENT = 0.5
+"""Update ratio × sqrt(total steps) at the start of a well-tuned run: its random-walk displacement relative to its
+weights. Chosen on `mini-qwen2` at 300 steps (docs/LOG.md, 2026-11-22)."""
 UNKNOWN_HORIZON = 1000
 """Steps assumed where the caller does not know how long the run will be."""
 

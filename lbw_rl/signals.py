@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 NAN = math.nan
@@ -104,11 +105,14 @@ class Telemetry:
         """Inverse of `as_dict`; `None` (JSON has no NaN) reads as missing, unknown names are refused.
 
         Raises:
-            ValueError: a name that is not in `SIGNALS`.
+            ValueError: a name that is not in `SIGNALS`, or a value that is no number.
         """
         unknown = sorted(set(values) - set(SIGNALS))
         if unknown:
             raise ValueError(f"telemetry: unknown signal {unknown[0]!r}; known: {', '.join(SIGNALS)}")
+        for name, value in values.items():
+            if not (value is None or isinstance(value, Real)):
+                raise ValueError(f"telemetry: {name} is {value!r}; accepted: a number, or None for not measured")
         return cls(**{k: NAN if v is None else float(v) for k, v in values.items()})
 
 

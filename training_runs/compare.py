@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import multiprocessing
 import os
 import platform
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from fractions import Fraction
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, Protocol
 
 import torch
 
-from lbw_rl.envs.recipe import Recipe, override
+from lbw_rl.envs.recipe import ControllerSpec, Recipe, override
 from lbw_rl.registry import load_controller
 from lbw_rl.training_runs.folders import prepare_output, read_jsonl, write_json
 from lbw_rl.training_runs.results import Results, Row, write_results
@@ -75,17 +76,27 @@ class Progress(Protocol):
         """`done` of `total` runs are finished, `row` the latest."""
 
 
+def parse_arms(text: str) -> list[Arm]:
+    """Reads comma-separated arms; a comma inside brackets belongs to its value, as in `optimizer.betas=[0.9,0.95]`.
+
+    Raises:
+        ValueError: no such controller.
+    """
+    return [Arm.parse(part.strip()) for part in re.split(r",(?![^\[]*\])", text)]
+
+
 def parse_multiplier(text: str) -> float:
     """A learning-rate multiplier, written as a number or a fraction: `30`, `0.03`, `1/30`.
 
     Raises:
         ValueError: not a number > 0.
     """
+    top, slash, bottom = text.partition("/")
     try:
-        value = float(Fraction(text.strip()))
+        value = float(top) / (float(bottom) if slash else 1.0)
     except (ValueError, ZeroDivisionError):
         value = 0.0
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise ValueError(f"lr-multipliers: {text!r} is no multiplier; accepted: numbers > 0 such as 0.03, 1/30, 1, 30")
     return value
 
@@ -121,8 +132,8 @@ def compare(
         command: the command line, for the record.
 
     Raises:
-        ValueError: labels that are not unique, no arms, seeds below 1, an output folder in use, or a run whose
-            settings cannot be used.
+        ValueError: arms or multipliers that are missing or not unique, seeds below 1, an output folder in use,
+            or a run whose settings cannot be used.
     """
     if not arms or len({arm.label for arm in arms}) < len(arms):
         raise ValueError(
@@ -130,10 +141,15 @@ def compare(
         )
     if seeds < 1:
         raise ValueError(f"seeds: {seeds} must be at least 1")
-    folder = prepare_output(out, resume)
     cells = list(_grid(recipe, arms, multipliers, seeds))
+    if not cells or len({cell.folder for cell in cells}) < len(cells):
+        shown = ", ".join(f"{m:g}" for m in multipliers) or "none given"
+        raise ValueError(f"lr-multipliers: {shown}; accepted: one or more, each once")
+    for cell in cells[: len(arms)]:  # a bad option must not show after an hour of runs
+        load_controller(cell.recipe.controller.name, **cell.recipe.controller.options)
+    folder = prepare_output(out, resume).resolve()
     rows: dict[str, Row] = {}
-    with _executor(backend, workers) as submit:
+    with _executor(backend, min(workers or os.cpu_count() or 1, len(cells))) as submit:
         pending = {submit(_run_cell, cell, folder): cell for cell in cells}
         for future in as_completed(pending):
             cell = pending[future]
@@ -151,6 +167,7 @@ def _grid(recipe: Recipe, arms: Sequence[Arm], multipliers: Sequence[float], see
     for seed in range(recipe.train.seed, recipe.train.seed + seeds):
         for multiplier in multipliers:
             for arm in arms:
+                own = recipe.controller if arm.controller == recipe.controller.name else ControllerSpec()
                 settings = [
                     *arm.overrides,
                     f"controller.name={json.dumps(arm.controller)}",
@@ -161,7 +178,8 @@ def _grid(recipe: Recipe, arms: Sequence[Arm], multipliers: Sequence[float], see
                 ]
                 slug = re.sub(r"[^\w.+-]+", "-", arm.label).strip("-").lower()
                 unique = hashlib.sha256(arm.label.encode()).hexdigest()[:4]
-                yield Cell(arm, override(recipe, settings), f"runs/{slug}-{unique}/x{multiplier:.4g}/seed{seed}")
+                folder = f"runs/{slug}-{unique}/x{multiplier:.6g}/seed{seed}"
+                yield Cell(arm, override(recipe.model_copy(update={"controller": own}), settings), folder)
 
 
 def _run_cell(cell: Cell, out: Path) -> dict[str, Any]:
@@ -171,21 +189,32 @@ def _run_cell(cell: Cell, out: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _executor(backend: Backend, workers: int | None) -> Iterator[Callable[..., Future[Any]]]:
+def _executor(backend: Backend, workers: int) -> Iterator[Callable[..., Future[Any]]]:
     if backend == "ray":
         with _ray_submit() as submit:
             yield submit
         return
-    count = workers or os.cpu_count() or 1
     # spawn: a forked torch may hang on the thread pools of its parent
-    with ProcessPoolExecutor(
-        count, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         try:
             yield pool.submit
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """Ends an orphan: were it to go on, it would write into the folders of the grid that resumes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @contextmanager

@@ -13,17 +13,20 @@ def prepare_output(folder: str | Path, resume: bool) -> Path:
     """Makes an output folder, or accepts the one that a resumed command left.
 
     Raises:
-        ValueError: the folder is a file, cannot be made, or holds something and `resume` is false.
+        ValueError: the folder is a file, cannot be made or written, or holds something and `resume` is false.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file; accepted: a new or empty folder")
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
-        raise ValueError(f"out: {folder} is not empty; accepted: a new or empty folder, or --resume to continue it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        used = any(folder.iterdir())
     except OSError as e:
         raise ValueError(f"out: {folder} cannot be made ({e.strerror}); accepted: a writable place") from e
+    if used and not resume:
+        raise ValueError(f"out: {folder} is not empty; accepted: a new or empty folder, or --resume to continue it")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"out: {folder} cannot be written; accepted: a writable place")
     return folder
 
 

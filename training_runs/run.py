@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -59,7 +59,8 @@ def run(
     Args:
         recipe: what to train; `recipe.controller` governs.
         out: output folder.
-        resume: continue from the folder's checkpoint; a finished run is returned as it is.
+        resume: continue from the folder's checkpoint, or from the start where there is none yet; a finished run
+            is returned as it is.
         mode: as in `Governor`.
         controller: an object to govern instead of the recipe's, for experiments.
         progress: told about every step.
@@ -68,22 +69,32 @@ def run(
         The content of `summary.json`: the fields of a results row, and the governor's summary.
 
     Raises:
-        ValueError: an output folder in use, a recipe that differs from the folder's, or unusable settings.
+        ValueError: an output folder in use, a recipe or mode that differs from the folder's, or unusable settings.
     """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode: {mode!r} is unknown; accepted: {', '.join(get_args(Mode))}")
     governing = controller or load_controller(recipe.controller.name, **recipe.controller.options)
     folder = prepare_output(out, resume)
+    _check_same_recipe(folder, recipe)
     if (folder / SUMMARY).exists():
-        _check_same_recipe(folder, recipe)
-        return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        _check_same_mode(folder, summary, mode)
+        return summary
     task = TrainingTask(recipe)
     record = _Record()
-    checkpoint = _load_checkpoint(folder, recipe) if resume else None
+    checkpoint = torch.load(folder / CHECKPOINT, weights_only=True) if (folder / CHECKPOINT).exists() else None
     if checkpoint is None:
+        record.initial_loss = task.evaluate()
+        if not math.isfinite(record.initial_loss):
+            raise ValueError(
+                f"model: the held-out loss before training is {record.initial_loss}; accepted: weights and a "
+                "model.dtype that give a finite one"
+            )
         for name in (METRICS, LEDGER):
             (folder / name).unlink(missing_ok=True)  # of an attempt that died before its first checkpoint
         write_json(folder / RECIPE, recipe.model_dump(mode="json"))
-        record.initial_loss = task.evaluate()
     else:
+        _check_same_mode(folder, checkpoint, mode)
         task.load_state_dict(checkpoint["task"])
         record = _Record(**checkpoint["record"])
         for name in (METRICS, LEDGER):
@@ -101,11 +112,11 @@ def run(
         governor.load_state_dict(checkpoint["governor"])
     with governor, (folder / METRICS).open("a", buffering=1, encoding="utf-8") as metrics:
         _train(task, governor, record, folder, metrics.write, progress)
-    summary = _summarise(task, governor, record)
-    write_json(folder / SUMMARY, summary)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
     if recipe.train.checkpoint_every:
         task.save_pretrained(folder / "model")
+    summary = _summarise(task, governor, record)
+    write_json(folder / SUMMARY, summary)  # last: a folder with a summary is a finished run
+    (folder / CHECKPOINT).unlink(missing_ok=True)
     return summary
 
 
@@ -159,6 +170,7 @@ def _summarise(task: TrainingTask, governor: Governor, record: _Record) -> dict[
         "recipe": recipe.name,
         "optimizer": recipe.optimizer.name + (f"+clip{clip:g}" if clip else ""),
         "controller": recipe.controller.name,
+        "mode": governor.mode,
         "lr_multiplier": recipe.train.lr_multiplier,
         "base_lr": recipe.optimizer.lr,
         "seed": recipe.train.seed,
@@ -185,30 +197,40 @@ def _save_checkpoint(folder: Path, task: TrainingTask, governor: Governor, recor
         "task": task.state_dict(),
         "governor": governor.state_dict(),
         "record": vars(record),
-        "recipe": json.dumps(task.recipe.model_dump(mode="json"), sort_keys=True),
+        "mode": governor.mode,
     }
     temporary = folder / (CHECKPOINT + ".tmp")
     torch.save(state, temporary)
     os.replace(temporary, folder / CHECKPOINT)
 
 
-def _load_checkpoint(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
-    path = folder / CHECKPOINT
-    if not path.exists():
-        return None
-    _check_same_recipe(folder, recipe)
-    return torch.load(path, weights_only=True)
-
-
 def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
-    before = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-    now = recipe.model_dump(mode="json")
-    changed = sorted(key for key in now if now[key] != before.get(key))
+    path = folder / RECIPE
+    if not path.exists():
+        if any(not entry.name.endswith(".tmp") for entry in folder.iterdir()):
+            raise ValueError(f"out: {folder} holds files but no run to resume; accepted: a run's folder, or a new one")
+        return
+    before = _flat(json.loads(path.read_text(encoding="utf-8")))
+    now = _flat(recipe.model_dump(mode="json"))
+    changed = sorted(key for key in {*before, *now} if now.get(key) != before.get(key))
     if changed:
         raise ValueError(
             f"resume: {folder} was started with another recipe (differs in {', '.join(changed)}); "
             "accepted: the same recipe and settings, or a new --out"
         )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _check_same_mode(folder: Path, saved: dict[str, Any], mode: Mode) -> None:
+    if saved["mode"] != mode:
+        raise ValueError(f"mode: {folder} was started with {saved['mode']!r}; accepted: the same mode, or a new --out")
 
 
 def _finite(value: float) -> float | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import typer
 
 from lbw_rl.cli.app import app
 from lbw_rl.cli.console import fail
+from lbw_rl.extras import extra_of
 
 # typer ships click under a private name, so its family of usage errors is reached through its public member.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -22,8 +25,20 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         code = fail("interrupted; the same command with --resume goes on where it stopped", code=130)
     except _UsageError as e:
-        code = fail(f"{e.format_message()} See `lbw-rl --help`.")  # type: ignore[attr-defined]
-    except (ValueError, ModuleNotFoundError) as e:
+        message = e.format_message()  # type: ignore[attr-defined]
+        code = fail(f"{message} See `lbw-rl --help`.") if message else 2  # empty: the help itself was shown
+    except BrokenProcessPool:
+        code = fail("a worker process died (killed, or out of memory); --resume keeps what is finished", code=1)
+    except BrokenPipeError:  # the reader of our output has left, for example `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except ModuleNotFoundError as e:
+        extra = extra_of(e.name)
+        if not _ours(e) and extra is None:
+            raise
+        advice = f"{e.name} is not installed; accepted: pip install 'lbw-rl[{extra}]'"
+        code = fail(str(e) if _ours(e) else advice)
+    except ValueError as e:
         if not _ours(e):
             raise
         code = fail(str(e))

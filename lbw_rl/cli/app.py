@@ -40,15 +40,22 @@ def demo(
     resume: Resume = False,
 ) -> None:
     """The whole line: train a policy on proxies, freeze it, deploy it and every rule under learning-rate stress."""
-    from lbw_rl.training_runs.demo import run_demo
+    import sys
 
-    run_demo(out_dir, budget, resume=resume)
+    from lbw_rl.training_runs.demo import budget_named
+    from lbw_rl.training_runs.demo import demo as demonstrate
+    from lbw_rl.training_runs.report import render_table
+
+    chosen = budget_named(budget)
+    results, path = demonstrate(out_dir, chosen, meter, resume=resume, command="lbw-rl " + " ".join(sys.argv[1:]))
+    out.print(render_table(results))
+    out.print(f"report: {path}")
 
 
 @app.command(epilog="Example: `lbw-rl train-policy --decisions 60000 --seed 0 --out my-policy`")
 def train_policy(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder of the frozen policy.")],
-    decisions: Annotated[int, typer.Option(help="Decisions to learn from, over all proxies.", min=0)] = 60_000,
+    decisions: Annotated[int, typer.Option(help="Decisions to learn from, over all proxies.", min=1)] = 60_000,
     seed: Annotated[int, typer.Option(help="Seed of network, tasks and exploration.", min=0)] = 0,
     resume: Resume = False,
     as_json: AsJson = False,
@@ -81,11 +88,15 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe under a controller."""
-    from lbw_rl.envs.recipe import load_recipe, override
-    from lbw_rl.training_runs.run import run as run_recipe
+    from lbw_rl.envs.recipe import ControllerSpec, load_recipe, override
 
-    name = [f"controller.name={_toml_string(controller)}"] if controller is not None else []
-    chosen = override(load_recipe(recipe), [*(settings or []), *name])
+    chosen = load_recipe(recipe)
+    if controller is not None and controller != chosen.controller.name:  # the options were the other one's
+        chosen = chosen.model_copy(update={"controller": ControllerSpec(name=controller)})
+    chosen = override(chosen, settings or [])
+
+    from lbw_rl.training_runs.run import run as run_recipe  # torch, once the recipe is known to be good
+
     folder = out_dir or Path("runs") / f"{chosen.name}-{Path(chosen.controller.name).name}"
     with meter(f"{chosen.name} · {chosen.controller.name}") as m:
         summary = run_recipe(
@@ -136,18 +147,18 @@ def compare(
     import sys
 
     from lbw_rl.envs.recipe import load_recipe, override
-    from lbw_rl.training_runs.compare import Arm, parse_multiplier
-    from lbw_rl.training_runs.compare import compare as compare_arms
-    from lbw_rl.training_runs.report import build_report, render_table
-
     if backend not in ("local", "ray"):
         raise ValueError(f"backend: {backend!r} is unknown; accepted: local, ray")
     chosen = override(load_recipe(recipe), settings or [])
-    arms = [Arm.parse(a) for a in controllers.split(",")]
+
+    from lbw_rl.training_runs.compare import compare as compare_arms
+    from lbw_rl.training_runs.compare import parse_arms, parse_multiplier
+    from lbw_rl.training_runs.report import build_report, render_table
+
     with meter(f"comparing on {chosen.name}") as m:
         results = compare_arms(
             chosen,
-            arms,
+            parse_arms(controllers),
             [parse_multiplier(x) for x in lr_multipliers.split(",")],
             seeds,
             out_dir,
@@ -271,9 +282,3 @@ def doctor(as_json: AsJson = False) -> None:
         return
     for key, value in findings.items():
         out.print(f"{key:<18} {value}")
-
-
-def _toml_string(text: str) -> str:
-    import json
-
-    return json.dumps(text)

@@ -1,0 +1,334 @@
+"""Proxy training as a natively vectorised Gymnasium environment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from lbw_rl.action import Action
+from lbw_rl.authority import Authority
+from lbw_rl.envs.fleet import FleetShape, FloatArray
+from lbw_rl.envs.fleet_signals import FleetProbe
+from lbw_rl.envs.held_out_gain import DivergenceWatch, HeldOutGain
+from lbw_rl.envs.interface import DEFAULT_AUTHORITY, action_space, command, observation_space
+from lbw_rl.envs.proxy_runs import BatchShape, ProxyData, ProxyRuns
+from lbw_rl.envs.synthetic_device import SyntheticDevice
+from lbw_rl.envs.tasks import LR_ERROR, WELL_TUNED, Tasks, sample_tasks
+from lbw_rl.features import FeatureTracker
+
+Arrays = dict[str, FloatArray]
+Mask = NDArray[np.bool_]
+
+class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], FloatArray]):
+    """
+    ## Description
+
+    Each sub-environment is one training run of a small language model (Llama architecture, about 12,000
+    parameters) under AdamW, on a task drawn anew for every episode: a synthetic language or the characters of
+    Python's documentation, a learning-rate schedule, betas, clipping, a horizon, and above all a learning rate
+    that is wrong by up to a hundredfold either way. The agent multiplies the scheduled learning rate and the
+    momentum's averaging horizon. All runs are advanced as one batched program.
+
+    ## Action Space
+
+    `Box(-1, 1, (2,), float32)` per run, mapped log-linearly onto the authority's ranges and then held to the
+    authority (`lbw_rl.authority.Authority.clip`, slew limit included). An action holds for `decide_every`
+    optimizer steps. With ranges symmetric about 1 in the log, as by default, 0 is exactly neutral.
+
+    | Num | Action                                             | Min (-1) | Neutral (0) | Max (1) |
+    |-----|----------------------------------------------------|----------|-------------|---------|
+    | 0   | multiple of the scheduled learning rate            | 0.01     | 1           | 100     |
+    | 1   | multiple of the averaging horizon 1/(1−β1)         | 0.5      | 1           | 2       |
+
+    ## Observation Space
+
+    `Box(-3, 3, (18,), float32)` per run: the feature vector (schema v1) of `lbw_rl.features`, 0 where a signal
+    was not measured. It describes the step whose gradient is at hand, before its update.
+
+    | Num | Observation        | Definition                                                  | Min | Max |
+    |-----|--------------------|-------------------------------------------------------------|-----|-----|
+    | 0   | progress           | 2·progress − 1                                              | -1  | 1   |
+    | 1   | lr_scale           | ln(executed lr_scale) / ln 10                               | -2  | 2   |
+    | 2   | momentum_scale     | ln(executed momentum_scale) / ln 2                          | -1  | 1   |
+    | 3   | schedule           | 2·(scheduled lr / its maximum so far) − 1                   | -1  | 1   |
+    | 4   | displacement       | ln(update_ratio · sqrt(total steps) / 0.7)                  | -3  | 3   |
+    | 5   | update_ratio_trend | ln(update_ratio / its slow mean)                            | -3  | 3   |
+    | 6   | loss_level         | 2·ln(fast mean loss / first loss) + 1                       | -3  | 3   |
+    | 7   | loss_trend         | (fast − slow mean loss) / mean absolute deviation           | -3  | 3   |
+    | 8   | loss_jump          | (loss − slow mean) / mean absolute deviation / 2            | -3  | 3   |
+    | 9   | grad_norm_jump     | ln(grad_norm / its slow mean)                               | -3  | 3   |
+    | 10  | grad_entropy       | 4·grad_entropy − 2                                          | -2  | 2   |
+    | 11  | grad_cosine        | 2·grad_cosine                                               | -2  | 2   |
+    | 12  | surprise           | ln(surprise) / 2                                            | -3  | 3   |
+    | 13  | nonfinite          | 1 if loss or gradient is not finite                         | 0   | 1   |
+    | 14  | throughput         | 2·ln(tokens_per_second / its slow mean)                     | -3  | 3   |
+    | 15  | gpu_utilization    | 2·gpu_utilization − 1                                       | -1  | 1   |
+    | 16  | gpu_memory         | 2·gpu_memory − 1                                            | -1  | 1   |
+    | 17  | gpu_power          | 2·gpu_power − 1                                             | -1  | 3   |
+
+    The device signals (14–17) are random walks with gaps that have no bearing on the run, so that a policy
+    learns not to lean on them.
+
+    ## Rewards
+
+    *r<sub>k</sub> = G<sub>k</sub> − G<sub>k−1</sub>*, where *G = L<sub>base</sub> − L<sub>governed</sub>* in nats
+    per token on the task's held-out tokens. The base run has the same weights, data and settings and is left
+    alone. Each loss counts as min(loss, its initial value), and a loss that is not finite as the initial value.
+    The undiscounted return is therefore the final held-out gain over the base run; use γ = 1. Always-neutral
+    actions earn exactly 0 at every decision. With `base_run=False` the constant initial loss stands in for
+    *L<sub>base</sub>*: the same optimal policy at half the cost, with the run's own progress as its return.
+
+    ## Starting State
+
+    A freshly initialised model with the gradient of its first batch; `lr_scale` and `momentum_scale` are 1.
+
+    ## Episode End
+
+    - Termination: the run diverged. Its loss or a held-out loss is not finite, or the held-out loss has been
+      above 1.5 × its initial value for 8 decisions in a row; from then on it counts as the initial value, in the
+      base run too. The last reward settles what the base run would still have reached, so that an early end is
+      never a way out.
+    - Truncation: the run's budget of optimizer steps is spent. `progress` is observed and nothing follows, so
+      the value of a truncated state is 0: do not bootstrap from it.
+
+    Autoreset mode is `SAME_STEP`: the fleet advances in lockstep, and a finished run starts over at once.
+    `info["final_obs"]` and `info["final_info"]` hold what the finished runs saw last.
+
+    ## Information
+
+    `info["telemetry"]`: signal name → array (num_envs,), the raw record behind the observation.
+    `info["gain"]`: *G* (num_envs,). `info["lr_scale"]`, `info["momentum_scale"]`: what was executed.
+    `info["final_info"]` has these of the finished runs, and the fields of their tasks under `"task"`.
+
+    ## Arguments
+
+    - `num_envs`: runs in the fleet.
+    - `authority`: bounds on the actions.
+    - `decide_every`: optimizer steps per decision.
+    - `horizon`: shortest and longest run in optimizer steps.
+    - `lr_error`, `well_tuned`: range of the learning-rate error, and the share of tasks without one.
+    - `base_run`: whether a base run accompanies every governed one.
+    - `shape`, `batch`: architecture of the models; sizes of their batches.
+
+    `reset(seed=s)` seeds run i with s + i; a list gives one seed per run. The same seeds and actions give the
+    same bits. `reset(options={"tasks": Tasks})` starts the first episode on given tasks, and
+    `options={"reset_mask": mask}` restarts the masked runs alone.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        authority: Authority = DEFAULT_AUTHORITY,
+        decide_every: int = 2,
+        horizon: tuple[int, int] = (48, 128),
+        lr_error: tuple[float, float] = LR_ERROR,
+        well_tuned: float = WELL_TUNED,
+        base_run: bool = True,
+        shape: FleetShape | None = None,
+        batch: BatchShape | None = None,
+    ) -> None:
+        for name, value in (("num_envs", num_envs), ("decide_every", decide_every)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if not decide_every <= horizon[0] <= horizon[1]:
+            raise ValueError(f"horizon={horizon} must be (shortest, longest), at least decide_every={decide_every}")
+        self.num_envs = num_envs
+        self.single_action_space, self.single_observation_space = action_space(), observation_space()
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.authority, self.decide_every = authority, decide_every
+        self.task_distribution: dict[str, Any] = {"horizon": horizon, "lr_error": lr_error, "well_tuned": well_tuned}
+        shape, batch = shape or FleetShape(), batch or BatchShape()
+        self._data = ProxyData(num_envs, horizon[1] + decide_every, shape.vocab, batch)
+        self._governed = ProxyRuns(self._data, shape)
+        self._base = ProxyRuns(self._data, shape) if base_run else None
+        self._probe = FleetProbe(self._governed.fleet)
+        self._device = SyntheticDevice(num_envs)
+        self._features = FeatureTracker(num_envs, 1.0)
+        self._generators: list[np.random.Generator] | None = None
+        self._executed = [Action() for _ in range(num_envs)]
+        self._gain = HeldOutGain(num_envs)
+        self._watch, self._base_watch = DivergenceWatch(num_envs), DivergenceWatch(num_envs)
+
+    # -- episodes ------------------------------------------------------------------------------------
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Starts new episodes; see the class for `seed` and `options`.
+
+        Raises:
+            ValueError: as many seeds, tasks or mask entries as there are runs are needed.
+        """
+        options = options or {}
+        self._seed(seed)
+        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, dtype=bool)))
+        if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
+            raise ValueError(f"options['reset_mask'] must be booleans of shape ({self.num_envs},), at least one true")
+        rows = [int(i) for i in np.flatnonzero(mask)]
+        observation, telemetry = self._start(rows, options.get("tasks"))
+        return observation, self._info(telemetry)
+
+    def _seed(self, seed: int | Sequence[int | None] | None) -> None:
+        if isinstance(seed, int | np.integer):
+            seed = [int(seed) + i for i in range(self.num_envs)]
+        elif seed is None:
+            seed = [None] * self.num_envs
+        if len(seed) != self.num_envs:
+            raise ValueError(f"seed: {len(seed)} seeds for num_envs={self.num_envs}; accepted: an int, or one per run")
+        old: Sequence[np.random.Generator | None] = self._generators or [None] * self.num_envs
+        self._generators = [
+            g if s is None and g is not None else np.random.default_rng(s) for s, g in zip(seed, old, strict=True)
+        ]
+
+    def _start(self, rows: list[int], tasks: Tasks | None = None) -> tuple[NDArray[np.float32], Arrays]:
+        """Starts the runs in `rows`; returns observations and telemetry, NaN in other rows' telemetry."""
+        generators = self._of(rows)
+        if tasks is None:
+            for row, rng in zip(rows, generators, strict=True):
+                self._data.put([row], sample_tasks(rng, 1, multiple=self.decide_every, **self.task_distribution))
+        elif len(tasks) != len(rows) or (tasks.horizon % self.decide_every).any():
+            raise ValueError(
+                f"options['tasks']: {len(tasks)} tasks with horizons {tasks.horizon}; needed: {len(rows)} tasks, "
+                f"horizons that are multiples of decide_every={self.decide_every}"
+            )
+        else:
+            self._data.put(rows, tasks)
+        for runs in self._fleets():
+            runs.start(rows)
+        self._probe.reset(rows)
+        self._device.reset(rows, generators)
+        mask = np.zeros(self.num_envs, dtype=bool)
+        mask[rows] = True
+        self._features.reset(mask, self._data.tasks.horizon.astype(np.float64))
+        for row in rows:
+            self._executed[row] = Action()
+        self._gain.reset(rows, self._governed.held_out_losses(rows))
+        self._watch.reset(rows)
+        self._base_watch.reset(rows)
+        telemetry = self._telemetry(rows)
+        return self._features(telemetry).astype(np.float32), telemetry
+
+    def _of(self, rows: Sequence[int]) -> list[np.random.Generator]:
+        if self._generators is None:
+            raise RuntimeError("step called before reset")
+        return [self._generators[row] for row in rows]
+
+    def _fleets(self) -> list[ProxyRuns]:
+        return [self._governed] if self._base is None else [self._governed, self._base]
+
+    # -- one decision --------------------------------------------------------------------------------
+
+    def step(
+        self, actions: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], FloatArray, Mask, Mask, dict[str, Any]]:
+        """Executes one action per run for `decide_every` optimizer steps.
+
+        Args:
+            actions: shape (num_envs, 2).
+
+        Returns:
+            Observations, rewards, terminated, truncated, info, as the class describes them.
+
+        Raises:
+            ValueError: actions of another shape, or NaN.
+        """
+        actions = np.asarray(actions)
+        if actions.shape != self.action_space.shape:
+            raise ValueError(f"actions have shape {actions.shape}; needed: {self.action_space.shape}")
+        self._executed = [
+            self.authority.clip(command(unit, self.authority), last.lr_scale)[0]
+            for unit, last in zip(actions, self._executed, strict=True)
+        ]
+        self._train()
+        telemetry = self._telemetry()
+        observations = self._features(telemetry).astype(np.float32)
+        losses = self._governed.held_out_losses()
+        terminated = self._watch(self._governed.losses, losses, self._gain.initial)
+        truncated = (self._governed.step >= self._data.tasks.horizon) & ~terminated
+        rewards = self._rewards(losses, terminated)
+        info = self._info(telemetry)
+        if (done := terminated | truncated).any():
+            observations, info = self._restart(done, observations, info)
+        return observations, rewards, terminated, truncated, info
+
+    def _train(self) -> None:
+        lr_scale = np.array([a.lr_scale for a in self._executed])
+        momentum_scale = np.array([a.momentum_scale for a in self._executed])
+        neutral = np.ones(self.num_envs)
+        for i in range(self.decide_every):
+            measured = i + 1 == self.decide_every
+            if measured:
+                self._probe.before_step()
+            self._governed.update(lr_scale, momentum_scale)
+            if measured:
+                self._probe.after_step()
+            self._governed.backward()
+            if self._base is not None:
+                self._base.update(neutral, neutral)
+                self._base.backward()
+
+    def _telemetry(self, rows: list[int] | None = None) -> Arrays:
+        """The record of the step at hand; with `rows`, of these runs alone."""
+        runs, tasks = self._governed, self._data.tasks
+        values = self._probe.measure(runs.losses, tasks.beta2, rows)
+        values["step"] = runs.step.astype(np.float64)
+        values["progress"] = runs.step / tasks.horizon
+        values["learning_rate"] = runs.learning_rate()
+        values["lr_scale"] = np.array([a.lr_scale for a in self._executed])
+        values["momentum_scale"] = np.array([a.momentum_scale for a in self._executed])
+        chosen = list(range(self.num_envs)) if rows is None else rows
+        for name, readings in self._device.read(chosen, self._of(chosen)).items():
+            values[name] = np.full(self.num_envs, np.nan)
+            values[name][chosen] = readings
+        if rows is not None:
+            others = np.ones(self.num_envs, dtype=bool)
+            others[rows] = False
+            values = {name: np.where(others, np.nan, v) for name, v in values.items()}
+        return values
+
+    def _rewards(self, losses: FloatArray, diverged: Mask) -> FloatArray:
+        if self._base is None:
+            base, lost = self._gain.initial, np.zeros(self.num_envs, dtype=bool)
+        else:
+            base = self._base.held_out_losses()
+            lost = self._base_watch(self._base.losses, base, self._gain.initial)
+            if abandoned := [int(i) for i in np.flatnonzero(diverged & ~lost)]:
+                base[abandoned] = self._base.left_alone(abandoned)
+        return self._gain.rewards(losses, diverged, base, lost)
+
+    def _info(self, telemetry: Arrays) -> dict[str, Any]:
+        return {
+            "telemetry": telemetry,
+            "gain": self._gain.gain.copy(),
+            "lr_scale": np.array([a.lr_scale for a in self._executed]),
+            "momentum_scale": np.array([a.momentum_scale for a in self._executed]),
+        }
+
+    def _restart(
+        self, done: Mask, observations: NDArray[np.float32], info: dict[str, Any]
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Same-step autoreset of the runs in `done`: what they saw last goes to `final_obs` and `final_info`."""
+        rows = [int(i) for i in np.flatnonzero(done)]
+        final_obs = np.full(self.num_envs, None, dtype=object)
+        for row in rows:
+            final_obs[row] = observations[row]
+        finished = self._data.tasks.take(np.arange(self.num_envs))
+        final_info = {**info, "task": {name: getattr(finished, name) for name in finished.__slots__}}
+        first, telemetry = self._start(rows)
+        observations = np.where(done[:, None], first, observations)
+        fresh = self._info({k: np.where(done, telemetry[k], v) for k, v in info["telemetry"].items()})
+        return observations, fresh | {
+            "final_obs": final_obs,
+            "_final_obs": done,
+            "final_info": final_info,
+            "_final_info": done,
+        }

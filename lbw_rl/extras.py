@@ -1,0 +1,18 @@
+"""The optional packages and the extras of this distribution that bring them."""
+
+from __future__ import annotations
+
+EXTRAS = {
+    "rl": ("gymnasium", "stable-baselines3"),
+    "hf": ("transformers", "tokenizers", "datasets", "peft", "accelerate"),
+    "metrics": ("prometheus-client", "tensorboard"),
+    "report": ("plotly", "pandas", "pyarrow", "scipy"),
+    "ray": ("ray",),
+}
+"""Extra → packages, by the names that pip knows."""
+
+
+def extra_of(module: str | None) -> str | None:
+    """The extra that brings an importable module, `None` for a module of no extra."""
+    package = (module or "").partition(".")[0].replace("_", "-")
+    return next((extra for extra, packages in EXTRAS.items() if package in packages), None)

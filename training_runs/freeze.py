@@ -1,0 +1,146 @@
+"""From training to a frozen policy folder: train, judge on fresh proxies, write weights, header and card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+from lbw_rl.policy import HEADER_FILE, load_policy, save_policy
+from lbw_rl.training_runs.actor import Actor
+from lbw_rl.training_runs.folders import prepare_output
+from lbw_rl.training_runs.policy_evaluation import Act, evaluate_actor, neutral, uniform
+from lbw_rl.training_runs.policy_training import CHECKPOINT_FILE, CURVE_FILE, PPOSettings, TrainingResult, train
+
+UNTRAINED = "untrained"
+"""Subfolder that holds the same network before training, frozen the same way: a control."""
+
+
+class Meter(Protocol):
+    """Shows progress."""
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """`done` of `total`, with a short note."""
+
+
+def train_and_freeze(
+    out: str | Path,
+    *,
+    decisions: int,
+    seed: int = 0,
+    resume: bool = False,
+    meter: Meter | None = None,
+    settings: PPOSettings | None = None,
+    proxies: int = 128,
+) -> dict[str, Any]:
+    """Learns a policy on proxies and freezes it, and its untrained self, into folders that `load_controller` reads.
+
+    Args:
+        out: the policy's folder; the learning curve goes there too, and the untrained control into `untrained/`.
+        decisions: decisions to learn from; at least 1.
+        seed: of network, tasks and exploration.
+        resume: go on from an earlier attempt's checkpoint; a finished policy is returned as it is.
+        meter: shows decisions, return, clip fraction and entropy.
+        settings: PPO settings other than the default.
+        proxies: fresh proxies that trained, untrained, random and neutral actions are judged on.
+
+    Returns:
+        `decisions`, `gain` (mean held-out gain over the base run on fresh proxies, nats per token) and `proxies`
+        (policy → its evaluation).
+
+    Raises:
+        ValueError: the output folder is in use, or the checkpoint is of another training.
+    """
+    folder = prepare_output(out, resume)
+    if (folder / HEADER_FILE).exists():
+        provenance = load_policy(folder).header.provenance
+        if provenance["seed"] == seed and provenance["decisions"] == decisions:
+            return _outcome(provenance)
+        raise ValueError(
+            f"out: {folder} holds a policy of seed {provenance['seed']} and {provenance['decisions']} decisions; "
+            "accepted: the same --seed and --decisions, or another --out"
+        )
+
+    def show(record: dict[str, float]) -> None:
+        if meter is not None:
+            note = "return {return_mean:+.2f} clip {clip_fraction:.0%} entropy {entropy:+.2f}".format(**record)
+            meter.update(min(decisions, int(record["decisions"])), decisions, note)
+
+    result = train(decisions, seed, folder, show, settings=settings, resume=resume)
+    contenders: dict[str, Act] = {
+        "trained": _on_raw(result, result.actor),
+        "untrained": _on_raw(result, result.untrained),
+        "random": uniform(seed),
+        "neutral": neutral,
+    }
+    options: dict[str, Any] = {"authority": result.authority, "decide_every": result.decide_every}
+    judged = {name: evaluate_actor(act, proxies, **options).summary() for name, act in contenders.items()}
+    provenance = {**result.provenance, "trained_on_decisions": result.decisions, "proxy_evaluation": judged}
+    _freeze(folder / UNTRAINED, result, result.untrained, {**provenance, "trained_on_decisions": 0})
+    _freeze(folder, result, result.actor, provenance)
+    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    return _outcome(provenance)
+
+
+def ship(folder: str | Path, target: str | Path) -> Path:
+    """Copies the deployable files of a frozen policy and its learning curve, nothing else."""
+    target = Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("policy.safetensors", HEADER_FILE, "CARD.md", CURVE_FILE):
+        shutil.copy2(Path(folder) / name, target / name)
+    load_policy(target)
+    return target
+
+
+def _on_raw(result: TrainingResult, actor: Actor) -> Act:
+    return lambda observations: actor((observations - result.mean) / result.std)
+
+
+def _outcome(provenance: dict[str, Any]) -> dict[str, Any]:
+    judged = provenance["proxy_evaluation"]
+    return {"decisions": provenance["trained_on_decisions"], "gain": judged["trained"]["gain"], "proxies": judged}
+
+
+def _freeze(folder: Path, result: TrainingResult, actor: Actor, provenance: dict[str, Any]) -> None:
+    save_policy(
+        folder,
+        actor.layers,
+        mean=result.mean,
+        std=result.std,
+        authority=result.authority,
+        decide_every=result.decide_every,
+        provenance=provenance,
+        card=_card(provenance),
+    )
+
+
+def _card(provenance: dict[str, Any]) -> str:
+    rows = "\n".join(
+        f"| {name} | {s['gain']:+.3f} ± {s['standard_error']:.3f} | {s['diverged']:.1%} |"
+        for name, s in provenance["proxy_evaluation"].items()
+    )
+    return f"""# Frozen controller policy
+
+**What it is.** A small tanh network that reads the feature vector (schema {provenance["feature_schema"]}) of a training run every
+{provenance["decide_every"]} optimizer steps and proposes a learning-rate scale and a momentum scale. Learned with PPO on proxy runs.
+
+**Intended use.** `Governor(optimizer, controller="THIS FOLDER", total_steps=…)`, inside whatever authority you give
+it, on runs of a language model under AdamW. Features far from its training data are counted, and past the rate in
+`policy.json` the rule named there takes over.
+
+**Training data.** {provenance["trained_on_decisions"]:,} decisions, seed {provenance["seed"]}, on tasks drawn from:
+
+```json
+{json.dumps(provenance["tasks"], indent=1)}
+```
+
+**Results on fresh proxies** (final held-out gain over the same-seed base run, nats per token, mean ± standard error):
+
+| policy | gain | diverged |
+|---|---|---|
+{rows}
+
+**Limits.** Proxies are tiny; nothing here shows how it does on a model that costs money. Compare it in shadow mode
+first. A rule-based controller may well be better: `lbw-rl compare` shows it.
+"""

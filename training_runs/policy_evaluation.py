@@ -1,0 +1,82 @@
+"""Judges a policy on proxies that it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lbw_rl.envs.proxy_training import ProxyTrainingVectorEnv
+
+FloatArray = NDArray[np.float64]
+Act = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+EVALUATION_SEED = 7_000_000_000
+"""Past every seed that training uses, so that no task is shared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How a policy did on M fresh proxies; every array has shape (M,), one order for all policies.
+
+    Attributes:
+        gains: final held-out gain over the base run, nats per token.
+        lr_errors: base learning rate / tuned learning rate.
+        diverged: whether the governed run diverged.
+    """
+
+    gains: FloatArray
+    lr_errors: FloatArray
+    diverged: NDArray[np.bool_]
+
+    def summary(self) -> dict[str, float]:
+        """Mean gain, its standard error, mean gains by learning-rate error, and the share that diverged."""
+        error = np.log10(self.lr_errors)
+        groups = {"too_low": error < 0, "well_tuned": error == 0, "too_high": error > 0}
+        by_group = {f"gain_{name}": float(self.gains[g].mean()) for name, g in groups.items() if g.any()}
+        return {
+            "gain": float(self.gains.mean()),
+            "standard_error": float(self.gains.std(ddof=1) / np.sqrt(len(self.gains))) if len(self.gains) > 1 else 0.0,
+            **by_group,
+            "diverged": float(self.diverged.mean()),
+        }
+
+
+def evaluate_actor(act: Act, proxies: int = 128, *, seed: int = EVALUATION_SEED, **environment: Any) -> Evaluation:
+    """Runs a policy over one episode of each of `proxies` fresh proxies.
+
+    Args:
+        act: observations (proxies, features) → actions (proxies, 2).
+        proxies: number of runs; the same seed gives every policy the same ones.
+        seed: of the first proxy.
+        environment: further arguments of `ProxyTrainingVectorEnv`.
+    """
+    env = ProxyTrainingVectorEnv(proxies, **environment)
+    observations, _ = env.reset(seed=seed)
+    result = Evaluation(np.zeros(proxies), np.zeros(proxies), np.zeros(proxies, dtype=bool))
+    running = np.ones(proxies, dtype=bool)
+    while running.any():
+        observations, _, terminated, truncated, info = env.step(act(observations))
+        finished = (terminated | truncated) & running
+        if finished.any():
+            final = info["final_info"]
+            result.gains[finished] = final["gain"][finished]
+            result.lr_errors[finished] = final["task"]["lr_error"][finished]
+            result.diverged[finished] = terminated[finished]
+            running &= ~finished
+    env.close()
+    return result
+
+
+def neutral(observations: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The policy that leaves every run alone."""
+    return np.zeros((len(observations), 2), dtype=np.float32)
+
+
+def uniform(seed: int = 0) -> Act:
+    """A policy of uniformly random actions."""
+    rng = np.random.default_rng(seed)
+    return lambda observations: rng.uniform(-1.0, 1.0, (len(observations), 2)).astype(np.float32)
