@@ -160,7 +160,8 @@ class Fleet:
         for i in range(s.layers):
             h = self._norm(x, w[f"{i}.attention_norm"])
             q, k, v = (
-                _linear(h, w[f"{i}.{name}"]).view(n * batch, length, s.heads, -1).transpose(1, 2) for name in ("q", "k", "v")
+                _linear(h, w[f"{i}.{name}"]).view(n * batch, length, s.heads, -1).transpose(1, 2)
+                for name in ("q", "k", "v")
             )
             y = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True)
             x = x + _linear(y.transpose(1, 2).reshape(n, batch * length, -1), w[f"{i}.out"])
@@ -199,7 +200,9 @@ class Fleet:
     def backward(self, tokens: Tensor) -> FloatArray:
         """Fills `grads` with each model's gradient on its own tokens; returns the losses as `evaluate` does."""
         losses = self.losses(tokens)
-        for mine, new in zip(self._gradients, torch.autograd.grad(losses.sum(), list(self._parameters.values())), strict=True):
+        for mine, new in zip(
+            self._gradients, torch.autograd.grad(losses.sum(), list(self._parameters.values())), strict=True
+        ):
             mine.copy_(new)
         return losses.detach().double().numpy()
 

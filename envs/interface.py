@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Space
 from numpy.typing import NDArray
 
 from lbw_rl.action import Action, log_interpolate
@@ -16,14 +18,14 @@ DEFAULT_AUTHORITY = Authority(lr_scale=(1e-2, 1e2), momentum_scale=(0.5, 2.0), s
 _NEUTRAL_TOLERANCE = 1e-12
 
 
-def action_space() -> Box:
+def action_space() -> Space[NDArray[np.float32]]:
     """lr_scale and momentum_scale as positions in [-1, 1]."""
-    return Box(-1.0, 1.0, (2,), np.float32)
+    return cast(Space[NDArray[np.float32]], Box(-1.0, 1.0, (2,), np.float32))
 
 
-def observation_space() -> Box:
+def observation_space() -> Space[NDArray[np.float32]]:
     """The feature vector (`lbw_rl.features.FEATURES`)."""
-    return Box(-FEATURE_LIMIT, FEATURE_LIMIT, (len(FEATURES),), np.float32)
+    return cast(Space[NDArray[np.float32]], Box(-FEATURE_LIMIT, FEATURE_LIMIT, (len(FEATURES),), np.float32))
 
 
 def command(unit: NDArray[np.floating], authority: Authority) -> Action:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -87,7 +87,7 @@ class LLMTrainingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
     `reset(seed=s)` trains the recipe with seed s; without a seed one is drawn.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (Gymnasium declares it so)
 
     def __init__(
         self,

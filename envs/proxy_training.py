@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -24,7 +24,8 @@ from lbw_rl.features import FeatureTracker
 Arrays = dict[str, FloatArray]
 Mask = NDArray[np.bool_]
 
-class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], FloatArray]):
+
+class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32], NDArray[Any]]):
     """
     ## Description
 
@@ -120,7 +121,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
     `options={"reset_mask": mask}` restarts the masked runs alone.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 (Gymnasium declares it so)
 
     def __init__(
         self,
@@ -229,7 +230,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
 
     def step(
         self, actions: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], FloatArray, Mask, Mask, dict[str, Any]]:
+    ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Executes one action per run for `decide_every` optimizer steps.
 
         Args:

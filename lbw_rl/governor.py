@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 import weakref
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, get_args
 
 import torch
@@ -112,6 +114,7 @@ class Governor:
             Snapshot(optimizer, snapshot_bytes) if self.authority.max_rollbacks and mode == "govern" else None
         )
         self._ledger: Ledger | None = None
+        self._stepping: FrameType | None = None  # the optimizer's step that is under way
         self._handles: list[Any] = []
         if mode != "off":
             self._open_ledger(ledger)
@@ -151,6 +154,9 @@ class Governor:
     # --- around the step ---------------------------------------------------------------------------------
 
     def _before(self, *_: Any) -> None:
+        if self._within_step():
+            return
+        self._stepping = sys._getframe(1)
         start = time.perf_counter()
         try:
             self._actuator.restore()  # a step that raised never reached its post hook
@@ -162,6 +168,9 @@ class Governor:
         self._overhead += time.perf_counter() - start
 
     def _after(self, *_: Any) -> None:
+        if sys._getframe(1) is not self._stepping:
+            return
+        self._stepping = None
         start = time.perf_counter()
         try:
             self._actuator.restore()
@@ -171,6 +180,16 @@ class Governor:
         self._observer.step_done()
         self.step += 1
         self._overhead += time.perf_counter() - start
+
+    def _within_step(self) -> bool:
+        """Whether this hook runs inside the step at hand: a subclass whose `step` calls `super().step()` has two.
+
+        A step that raised never reached its post hook either; it is told apart by having left the stack.
+        """
+        frame: FrameType | None = sys._getframe(2) if self._stepping is not None else None
+        while frame is not None and frame is not self._stepping:
+            frame = frame.f_back
+        return frame is not None
 
     def _decide(self) -> Action:
         telemetry = self.last_telemetry = self._telemetry()

@@ -80,7 +80,10 @@ def read_ledger(path: str | Path) -> Iterator[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"ledger: {path} is not a file; accepted: a ledger.jsonl that a governed run wrote")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"ledger: {path} is not text; accepted: a ledger.jsonl that a governed run wrote") from e
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)

@@ -80,7 +80,19 @@ class Observer:
             return  # an evaluation in the middle of a window is no training signal
         loss = getattr(output, "loss", None)
         if isinstance(loss, torch.Tensor):
-            self._from_model.append(loss.detach())
+            self._from_model.append(_own_mean(loss.detach(), kwargs))
         inputs = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(inputs, torch.Tensor) and not inputs.is_floating_point():
             self._model_tokens += inputs.numel()
+
+
+def _own_mean(loss: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """A micro-batch's mean loss, where the caller had it divided by the tokens of all micro-batches together.
+
+    Hugging Face's `Trainer` does, with `num_items_in_batch`: each loss is then that micro-batch's share only.
+    """
+    total, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
+    if total is None or not isinstance(labels, torch.Tensor):
+        return loss
+    targets = inputs["shift_labels"] if inputs.get("shift_labels") is not None else labels[..., 1:]
+    return loss * total / (targets != -100).sum().clamp_min(1)

@@ -184,8 +184,8 @@ def load_policy(folder: str | Path) -> Policy:
         )
     try:
         tensors = load_safetensors(weights)
-    except SafetensorError as e:
-        raise PolicyError(f"policy: {WEIGHTS_FILE} is not a safetensors file ({e})") from e
+    except (SafetensorError, KeyError) as e:  # KeyError: a dtype that numpy does not have
+        raise PolicyError(f"policy: {WEIGHTS_FILE} is not a safetensors file of float32 tensors ({e})") from e
     return Policy(header, _checked_layers(folder, header, tensors))
 
 

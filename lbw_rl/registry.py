@@ -38,7 +38,7 @@ def load_controller(controller: str | Path | Controller, **options: Any) -> Cont
         return controller
     name = str(controller)
     if name not in _CLASSES:
-        if Path(name).is_dir():
+        if name and Path(name).is_dir():
             name, options = "ppo", {"folder": controller, **options}
         else:
             raise ValueError(

@@ -56,34 +56,24 @@ def replay(ledger: str | Path, controller: Controller) -> Replay:
         )
     if header.get("schema") != LEDGER_SCHEMA:
         raise ValueError(f"ledger: schema is {header.get('schema')!r}; this version reads {LEDGER_SCHEMA}")
-    recorded = header["context"]
-    authority = Authority(**recorded["authority"])
-    controller.reset(
-        Context(
-            total_steps=recorded["total_steps"],
-            decide_every=recorded["decide_every"],
-            authority=authority,
-            seed=recorded["seed"],
-        )
-    )
-    enforcer = Enforcer(authority)
+    context = _context(header, ledger)
+    controller.reset(context)
+    enforcer = Enforcer(context.authority)
     steps = []
     for record in records:
         if record["type"] != "decision":
             continue
+        telemetry, step = _recorded(record, ledger)
         proposed, fault = None, None
         try:
-            proposed = controller.act(Telemetry.from_dict(record["telemetry"]))
+            proposed = controller.act(telemetry)
         except Exception as e:  # as the governor would: a broken controller is a finding, not a crash
             fault = f"{type(e).__name__}: {e}"
         ruling = enforcer.rule(proposed, fault)
-        executed = record["executed"]
         steps.append(
             {
-                "step": record["step"],
-                "recorded_lr_scale": executed["lr_scale"],
+                **step,
                 "replayed_lr_scale": ruling.action.lr_scale,
-                "recorded_directive": executed["directive"],
                 "replayed_directive": str(ruling.action.directive),
                 "regime": ruling.action.regime,
                 "reasons": list(ruling.reasons),
@@ -92,13 +82,46 @@ def replay(ledger: str | Path, controller: Controller) -> Replay:
     if not steps:
         raise ValueError(f"ledger: {ledger} holds no decision")
     return Replay(
-        recorded_controller=header["controller"],
+        recorded_controller=str(header.get("controller")),
         decisions=len(steps),
         differing=sum(_differs(s) for s in steps),
         regimes=dict(Counter(s["regime"] for s in steps)),
         faults=enforcer.faults,
         steps=steps,
     )
+
+
+def _context(header: dict[str, Any], ledger: str | Path) -> Context:
+    try:
+        recorded = header["context"]
+        return Context(
+            total_steps=recorded["total_steps"],
+            decide_every=recorded["decide_every"],
+            authority=Authority(**recorded["authority"]),
+            seed=recorded["seed"],
+        )
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"ledger: the header of {ledger} is damaged ({_brief(e)})") from e
+
+
+def _recorded(record: dict[str, Any], ledger: str | Path) -> tuple[Telemetry, dict[str, Any]]:
+    """A decision's telemetry, and what was executed."""
+    try:
+        executed = record["executed"]
+        step = {
+            "step": int(record["step"]),
+            "recorded_lr_scale": float(executed["lr_scale"]),
+            "recorded_directive": str(executed["directive"]),
+        }
+        if not step["recorded_lr_scale"] > 0:
+            raise ValueError("executed.lr_scale must be > 0")
+        return Telemetry.from_dict(record["telemetry"]), step
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"ledger: the decision at step {record.get('step')} of {ledger} is damaged ({_brief(e)})") from e
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _differs(step: dict[str, Any]) -> bool:

@@ -54,6 +54,9 @@ class Snapshot:
             raise RuntimeError("no snapshot has been taken yet")
         for parameter, value, state in zip(self._owned(), self._parameters, self._state):
             parameter.copy_(value)
+            if not state:  # as before its first step, when some optimizers test for membership
+                self.optimizer.state.pop(parameter, None)
+                continue
             present = self.optimizer.state[parameter]
             for key in [k for k in present if k not in state]:
                 del present[key]

@@ -1,5 +1,7 @@
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -121,3 +123,48 @@ def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         provenance={"seed": 0},
         card="# A policy of random weights",
     )
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings that make a shipped recipe a run of six steps and a few milliseconds each, on a small real text."""
+    from pydoc_data.topics import topics
+
+    corpus = tmp_path_factory.mktemp("corpus") / "text.txt"
+    corpus.write_text("\n".join(topics[key] for key in sorted(topics))[:20_000], encoding="utf-8")
+    return [
+        f"data.corpus={corpus}",
+        "data.vocab_size=300",
+        "data.sequence_length=16",
+        "data.eval_sequences=4",
+        "model.hidden_size=16",
+        "model.intermediate_size=32",
+        "model.num_layers=1",
+        "model.num_heads=2",
+        "model.num_kv_heads=1",
+        "schedule.warmup_steps=2",
+        "train.steps=6",
+        "train.eval_every=3",
+        "train.batch_size=2",
+        "train.threads=1",
+        "train.device=cpu",
+    ]
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a grid's cells here, one after the other: starting processes is for the tests that are about them."""
+
+    @contextmanager
+    def executor(backend: str, workers: int) -> Iterator[Callable[..., Future]]:
+        def submit(function: Callable[..., Any], *args: Any) -> Future:
+            future: Future = Future()
+            try:
+                future.set_result(function(*args))
+            except Exception as error:
+                future.set_exception(error)
+            return future
+
+        yield submit
+
+    monkeypatch.setattr("lbw_rl.training_runs.compare._executor", executor)

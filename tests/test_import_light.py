@@ -18,15 +18,21 @@ def loaded_by(program: str, *arguments: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import lbw_rl",
-        "import sys, lbw_rl\n"
-        "for name in ('constant', 'pid', 'entropic', 'lbw-guard', 'random', sys.argv[1]):\n"
-        "    lbw_rl.load_controller(name).act(lbw_rl.Telemetry())",
-    ],
-    ids=["import", "every controller"],
-)
-def test_the_core_and_a_frozen_policy_run_without_the_learning_side(program, policy_folder):
-    assert not set(HEAVY) & loaded_by(program, str(policy_folder))
+CONTROLLERS = """
+import sys, lbw_rl
+for name in ("constant", "pid", "entropic", "lbw-guard", "random", sys.argv[1]):
+    lbw_rl.load_controller(name).act(lbw_rl.Telemetry())
+"""
+
+
+@pytest.mark.parametrize("program", ["import lbw_rl", CONTROLLERS], ids=["import", "every controller"])
+def test_controllers_and_a_frozen_policy_need_numpy_alone(program, policy_folder):
+    packages = loaded_by(program, str(policy_folder))
+    assert {"lbw_rl", "numpy"} <= packages
+    assert not {"torch", *HEAVY} & packages
+
+
+def test_the_governor_needs_torch_and_nothing_of_the_learning_side():
+    packages = loaded_by("import lbw_rl; lbw_rl.Governor")
+    assert "torch" in packages
+    assert not set(HEAVY) & packages

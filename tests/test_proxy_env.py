@@ -63,7 +63,7 @@ def test_neutral_actions_earn_exactly_zero(size: dict[str, Any]) -> None:
     env.reset(seed=0)
     finished = 0
     for _ in range(25 if size else 12):
-        _, rewards, terminated, truncated, info = env.step(np.zeros((6, 2), dtype=np.float32))
+        _, rewards, terminated, truncated, _ = env.step(np.zeros((6, 2), dtype=np.float32))
         assert (rewards == 0.0).all()
         finished += (terminated | truncated).sum()
     assert finished > 3
@@ -148,7 +148,7 @@ def test_an_early_end_settles_what_the_base_run_still_reaches() -> None:
     assert env._base is not None
     initial, base = env._gain.initial.copy(), env._base.left_alone([0, 1])
     env._governed.fleet.weights.data[1] = np.nan
-    _, rewards, terminated, truncated, info = env.step(neutral)
+    _, _, terminated, truncated, info = env.step(neutral)
     assert terminated.tolist() == [False, True]
     assert not truncated.any()
     assert info["final_info"]["gain"][1] == pytest.approx(base[1] - initial[1], abs=1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from stable_baselines3.common.policies import ActorCriticPolicy
 
@@ -39,5 +40,6 @@ class Actor:
 
 def actor_of(policy: ActorCriticPolicy) -> Actor:
     """Copies the actor out of a stable-baselines3 `MlpPolicy` with tanh activations."""
-    modules = [m for m in policy.mlp_extractor.policy_net if hasattr(m, "weight")] + [policy.action_net]
-    return Actor([(m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy()) for m in modules])
+    modules = [*policy.mlp_extractor.policy_net.modules(), policy.action_net]
+    linear = [m for m in modules if isinstance(m, torch.nn.Linear)]
+    return Actor([(m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy()) for m in linear])

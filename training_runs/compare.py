@@ -25,7 +25,7 @@ import torch
 
 from lbw_rl.envs.recipe import ControllerSpec, Recipe, override
 from lbw_rl.registry import load_controller
-from lbw_rl.training_runs.folders import prepare_output, read_jsonl, write_json
+from lbw_rl.training_runs.folders import prepare_output, read_jsonl, remove_empty, write_json
 from lbw_rl.training_runs.results import Results, Row, write_results
 from lbw_rl.training_runs.run import METRICS, SUMMARY, run
 from lbw_rl.training_runs.summary import default_reference, summarise
@@ -149,13 +149,17 @@ def compare(
         load_controller(cell.recipe.controller.name, **cell.recipe.controller.options)
     folder = prepare_output(out, resume).resolve()
     rows: dict[str, Row] = {}
-    with _executor(backend, min(workers or os.cpu_count() or 1, len(cells))) as submit:
-        pending = {submit(_run_cell, cell, folder): cell for cell in cells}
-        for future in as_completed(pending):
-            cell = pending[future]
-            rows[cell.folder] = row = Row(**future.result(), arm=cell.arm.label, folder=cell.folder)
-            if progress is not None:
-                progress(len(rows), len(cells), row)
+    try:
+        with _executor(backend, min(workers or os.cpu_count() or 1, len(cells))) as submit:
+            pending = {submit(_run_cell, cell, folder): cell for cell in cells}
+            for future in as_completed(pending):
+                cell = pending[future]
+                rows[cell.folder] = row = Row(**_result(future), arm=cell.arm.label, folder=cell.folder)
+                if progress is not None:
+                    progress(len(rows), len(cells), row)
+    except ValueError:
+        remove_empty(folder / "runs")  # so that the corrected command finds an empty folder
+        raise
     ordered = _with_targets([rows[cell.folder] for cell in cells], folder)
     summary = summarise(ordered, default_reference(ordered))
     results = Results(rows=ordered, summary={**summary, "provenance": provenance(recipe, folder, cells, command)})
@@ -170,7 +174,7 @@ def _grid(recipe: Recipe, arms: Sequence[Arm], multipliers: Sequence[float], see
                 own = recipe.controller if arm.controller == recipe.controller.name else ControllerSpec()
                 settings = [
                     *arm.overrides,
-                    f"controller.name={json.dumps(arm.controller)}",
+                    f"controller.name={json.dumps(arm.controller, ensure_ascii=False)}",
                     f"train.lr_multiplier={float(multiplier)!r}",
                     f"train.seed={seed}",
                     "train.checkpoint_every=0",
@@ -186,6 +190,16 @@ def _run_cell(cell: Cell, out: Path) -> dict[str, Any]:
     """One run in a worker process; a finished one is read back, an unfinished one starts again."""
     summary = run(cell.recipe, out / cell.folder, resume=True)
     return {k: v for k, v in summary.items() if k in Row.model_fields}
+
+
+def _result(future: Future[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return future.result()
+    except Exception as e:
+        cause = getattr(e, "cause", None)  # Ray wraps what a task raised, and its text is the whole traceback
+        if isinstance(cause, Exception):
+            raise cause from e
+        raise
 
 
 @contextmanager

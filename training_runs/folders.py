@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -28,6 +29,13 @@ def prepare_output(folder: str | Path, resume: bool) -> Path:
     if not os.access(folder, os.W_OK):
         raise ValueError(f"out: {folder} cannot be written; accepted: a writable place")
     return folder
+
+
+def remove_empty(folder: Path) -> None:
+    """Removes the folders below `folder`, and itself, that hold nothing."""
+    for path in (*sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True), folder):
+        with contextlib.suppress(OSError):  # not empty
+            path.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ import stable_baselines3
 import torch
 from numpy.typing import NDArray
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import set_random_seed
 
 from lbw_rl.authority import Authority
@@ -28,15 +25,12 @@ from lbw_rl.features import FEATURE_SCHEMA, FEATURES
 from lbw_rl.training_runs.actor import Actor, actor_of
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
 from lbw_rl.training_runs.policy_evaluation import evaluate_actor
+from lbw_rl.training_runs.training_monitor import Progress, TrainingMonitor
 
 __all__ = ["PPOSettings", "TrainingResult", "evaluate_actor", "train"]
 
-Progress = Callable[[dict[str, float]], None]
-
 CURVE_FILE, CHECKPOINT_FILE = "learning_curve.jsonl", "checkpoint.pt"
 CHECKPOINT_SCHEMA = 1
-_STD_FLOOR = 0.1  # a feature that never moved in training must still have a scale
-_EPISODES_SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +186,7 @@ class _Session:
         progress: Progress | None,
     ) -> None:
         self.env, self.seed, self.out, self.settings = env, seed, out, settings
-        self.provenance, self.progress = provenance, progress
+        self.provenance = provenance
         self.rollouts = -(-decisions // settings.rollout)
         self.segment = 0
         set_random_seed(_stream(seed, 0))
@@ -202,7 +196,7 @@ class _Session:
             n_steps=settings.n_steps,
             batch_size=settings.batch_size,
             n_epochs=settings.n_epochs,
-            learning_rate=lambda _: settings.learning_rate * max(0.1, 1.0 - self.model.num_timesteps / self.planned),
+            learning_rate=self._learning_rate,
             gamma=1.0,
             gae_lambda=settings.gae_lambda,
             clip_range=settings.clip_range,
@@ -215,23 +209,32 @@ class _Session:
             device="cpu",
         )
         self.untrained = actor_of(self.model.policy)
-        self.monitor = _Monitor(self)
+        self.monitor = TrainingMonitor(out / CURVE_FILE, self.planned, progress)
 
     @property
     def planned(self) -> int:
         """Decisions of the whole training."""
         return self.rollouts * self.settings.rollout
 
+    def _learning_rate(self, _: float) -> float:
+        # stable-baselines3 would count progress anew in every segment.
+        return self.settings.learning_rate * max(0.1, 1.0 - self.decisions / self.planned)
+
+    @property
+    def decisions(self) -> int:
+        """Decisions done so far."""
+        return int(self.model.num_timesteps) if hasattr(self, "model") else 0
+
     def run(self) -> None:
         """Trains segment by segment until nothing is left to do."""
-        self.monitor.start()
-        while (left := self.planned - self.model.num_timesteps) > 0:
+        self.monitor.begin(self.decisions)
+        while (left := self.planned - self.decisions) > 0:
             self.segment += 1
             set_random_seed(_stream(self.seed, self.segment))
             self.env.seed(_stream(self.seed, self.segment))
             self.model._last_obs = None  # makes `learn` reset the environments
             length = min(left, self.settings.rollouts_per_segment * self.settings.rollout)
-            self.monitor.new_segment()
+            self.monitor.begin_segment()
             self.model.learn(length, callback=self.monitor, reset_num_timesteps=False)
             self.save()
 
@@ -241,7 +244,7 @@ class _Session:
             "schema": CHECKPOINT_SCHEMA,
             "provenance": json.dumps(self.provenance),
             "segment": self.segment,
-            "decisions": self.model.num_timesteps,
+            "decisions": self.decisions,
             "policy": self.model.policy.state_dict(),
             "optimizer": self.model.policy.optimizer.state_dict(),
             "monitor": self.monitor.state_dict(),
@@ -280,94 +283,10 @@ class _Session:
             features=list(FEATURES),
             authority=authority,
             decide_every=decide_every,
-            decisions=self.model.num_timesteps,
+            decisions=self.decisions,
             return_mean=self.monitor.return_mean,
             provenance=self.provenance,
         )
-
-
-class _Monitor(BaseCallback):
-    """Follows a training: episode returns, the learning curve, the observations of the last segment."""
-
-    def __init__(self, session: _Session) -> None:
-        super().__init__()
-        self.session = session
-        self._returns: deque[float] = deque(maxlen=_EPISODES_SHOWN)
-        self._diverged: deque[float] = deque(maxlen=_EPISODES_SHOWN)
-        self._count, self._sum, self._square = 0, np.zeros(len(FEATURES)), np.zeros(len(FEATURES))
-        self._started, self._offset = 0.0, 0
-
-    def start(self) -> None:
-        """Opens the curve at the decisions done so far, and the clock."""
-        self._started, self._offset = time.perf_counter(), self.session.model.num_timesteps
-        path = self.session.out / CURVE_FILE
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["decisions"] <= self._offset]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-    def new_segment(self) -> None:
-        """Forgets the observations of the segment before."""
-        self._count = 0
-        self._sum[:] = self._square[:] = 0.0
-
-    @property
-    def return_mean(self) -> float:
-        """Mean return of the last episodes; NaN before the first."""
-        return float(np.mean(self._returns)) if self._returns else float("nan")
-
-    def normaliser(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Mean and standard deviation of the observations of the last segment, shape (features,) each."""
-        mean = self._sum / max(1, self._count)
-        variance = self._square / max(1, self._count) - mean**2
-        return mean, np.maximum(_STD_FLOOR, np.sqrt(np.maximum(0.0, variance)))
-
-    def _on_step(self) -> bool:
-        for info in self.locals["infos"]:
-            if "episode" in info:
-                self._returns.append(info["episode"]["r"])
-                self._diverged.append(float(info["episode"]["diverged"]))
-        return True
-
-    def _on_rollout_end(self) -> None:
-        assert isinstance(self.model, PPO)
-        buffer = self.model.rollout_buffer
-        observations = buffer.observations.reshape(-1, len(FEATURES)).astype(np.float64)
-        self._count += len(observations)
-        self._sum += observations.sum(0)
-        self._square += (observations**2).sum(0)
-        seconds = time.perf_counter() - self._started
-        rate = (self.num_timesteps - self._offset) / max(seconds, 1e-9)
-        std = self.model.policy.log_std.detach().exp()
-        record = {
-            "decisions": float(self.num_timesteps),
-            "return_mean": self.return_mean,
-            "clip_fraction": float((np.abs(buffer.actions) > 1.0).mean()),
-            "entropy": float(torch.distributions.Normal(0.0, std).entropy().sum()),
-            "diverged": float(np.mean(self._diverged)) if self._diverged else float("nan"),
-            "eta_seconds": (self.session.planned - self.num_timesteps) / max(rate, 1e-9),
-        }
-        line = {k: v for k, v in record.items() if k != "eta_seconds" and np.isfinite(v)}
-        with (self.session.out / CURVE_FILE).open("a", encoding="utf-8") as curve:
-            curve.write(json.dumps(line) + "\n")
-        if self.session.progress is not None:
-            self.session.progress(record)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed training reports and returns."""
-        return {
-            "returns": list(self._returns),
-            "diverged": list(self._diverged),
-            "count": self._count,
-            "sum": self._sum.tolist(),
-            "square": self._square.tolist(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`."""
-        self._returns.extend(state["returns"])
-        self._diverged.extend(state["diverged"])
-        self._count = state["count"]
-        self._sum, self._square = np.array(state["sum"]), np.array(state["square"])
 
 
 def _stream(seed: int, segment: int) -> int:

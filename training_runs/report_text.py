@@ -145,7 +145,13 @@ def entropic_claims(recipe: str, rows: Sequence[Row], reference_arm: str, utiliz
     ours, base = pick(arm, 1.0, "final_ppl"), pick(reference_arm, 1.0, "final_ppl")
     reach, base_reach = pick(arm, 1.0, "steps_to_target"), pick(reference_arm, 1.0, "steps_to_target")
     pairs = f"{number(base)} → {number(ours)}" if ours and base else ""
-    steps = f"{base_reach:g} → {reach:g} steps to target" if reach and base_reach else "target not reached by both"
+    steps = (
+        f"{base_reach:g} → {reach:g} steps to target"
+        if reach and base_reach
+        else "target not reached by both"
+        if arm
+        else ""
+    )
     used = "no accelerator was measured" if utilization is None else "median of its decisions"
     lines = [
         ["Shorter training", "−37 %<small>120 → 75 epochs</small>", _change(base_reach, reach, steps)],
@@ -153,7 +159,8 @@ def entropic_claims(recipe: str, rows: Sequence[Row], reference_arm: str, utiliz
         ["Zero-shot accuracy", "+8.6 %", "–<small>not measured by this suite</small>"],
         ["GPU utilisation", "≥ 92 %", f"{'–' if utilization is None else f'{utilization:.0%}'}<small>{used}</small>"],
     ]
-    ours_head = f"Ours<small>{escape(arm or 'no entropic arm')} against {escape(reference_arm)} at 1×</small>"
+    contenders = f"{escape(arm)} against {escape(reference_arm)} at 1×" if arm else "no entropic arm"
+    ours_head = f"Ours<small>{contenders}</small>"
     return table(f"The EntroPIC text beside {escape(recipe)}", ["Claim", "Text", ours_head], lines, "claims")
 
 
@@ -174,7 +181,7 @@ class _Picker:
 
     def lr(self, multiplier: float | None) -> str:
         if multiplier is None:
-            return "no multiplier above 1× to match"
+            return "the grid has no such multiplier"
         return f"{multiplier_label(multiplier)}, LR {self.rows[0].base_lr * multiplier:.2g}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from concurrent.futures.process import BrokenProcessPool
 
@@ -14,24 +13,22 @@ from lbw_rl.extras import extra_of
 
 # typer ships click under a private name, so its family of usage errors is reached through its public member.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_INTERRUPTED = 130
 
 
 def main() -> None:
     """Entry point: exit 0 on success, 2 with one line on bad input, 130 when interrupted."""
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except typer.Exit as e:
-        code = e.exit_code
+        if code == _INTERRUPTED:  # typer turns a KeyboardInterrupt into its exit code, without a word
+            raise KeyboardInterrupt
     except (typer.Abort, KeyboardInterrupt):
-        code = fail("interrupted; the same command with --resume goes on where it stopped", code=130)
+        code = fail("interrupted; the same command with --resume goes on where it stopped", code=_INTERRUPTED)
     except _UsageError as e:
         message = e.format_message()  # type: ignore[attr-defined]
         code = fail(f"{message} See `lbw-rl --help`.") if message else 2  # empty: the help itself was shown
     except BrokenProcessPool:
         code = fail("a worker process died (killed, or out of memory); --resume keeps what is finished", code=1)
-    except BrokenPipeError:  # the reader of our output has left, for example `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
     except ModuleNotFoundError as e:
         extra = extra_of(e.name)
         if not _ours(e) and extra is None:

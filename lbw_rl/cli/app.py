@@ -88,12 +88,15 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe under a controller."""
+    import json
+
     from lbw_rl.envs.recipe import ControllerSpec, load_recipe, override
 
     chosen = load_recipe(recipe)
+    name = [f"controller.name={json.dumps(controller, ensure_ascii=False)}"] if controller is not None else []
     if controller is not None and controller != chosen.controller.name:  # the options were the other one's
-        chosen = chosen.model_copy(update={"controller": ControllerSpec(name=controller)})
-    chosen = override(chosen, settings or [])
+        chosen = chosen.model_copy(update={"controller": ControllerSpec()})
+    chosen = override(chosen, [*(settings or []), *name])
 
     from lbw_rl.training_runs.run import run as run_recipe  # torch, once the recipe is known to be good
 

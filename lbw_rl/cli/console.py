@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+_TERMINAL = sys.stdout.isatty()
+
+# Paths and labels are printed as they are: brackets in them are no markup. A pipe has no width to cut tables at.
+out = Console(highlight=False, markup=False, emoji=False, soft_wrap=not _TERMINAL, width=None if _TERMINAL else 1000)
 """Standard output: results."""
 
-err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=not sys.stderr.isatty())
 """Standard error: progress and errors, so that a pipe gets results alone."""
 
 
@@ -26,8 +30,18 @@ def fail(message: str, code: int = 2) -> int:
 
 
 def emit_json(value: Any) -> None:
-    """Prints a JSON document on standard output."""
-    print(json.dumps(value, indent=2, default=str), flush=True)
+    """Prints a JSON document on standard output; what is no number (NaN, infinity) becomes null."""
+    print(json.dumps(_finite(value), indent=2, default=str, allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
 
 
 class Meter:
@@ -56,12 +70,12 @@ def meter(label: str) -> Iterator[Meter]:
         yield Meter(label, None)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=err) as bar:
         yield Meter(label, bar)

@@ -18,9 +18,12 @@ class GovernorCallback(TrainerCallback):
     """`Trainer(..., callbacks=[GovernorCallback("lbw-guard")])`: governs the Trainer's own optimizer.
 
     It attaches to the optimizer's step hooks when training begins, so gradient accumulation, schedulers and
-    Accelerate's wrapping keep working: one optimizer step is one step. The raw training loss of every
-    micro-batch is read from the model's output. Trainer clips before the optimizer sees the gradients, so the
-    gradient norm here is the clipped one.
+    Accelerate's wrapping keep working: one optimizer step is one step. The training loss of every micro-batch
+    is read from the model's output. Trainer clips before the optimizer sees the gradients, so the gradient norm
+    here is the clipped one. A resumed Trainer goes on at its step; the controller itself starts anew.
+
+    The executed scales go into `log_history` and to callbacks that come after this one. Trackers that
+    `report_to` sets up come before it: to send the scales to one, pass its callback after this one instead.
 
     Args:
         controller: a name, a `Controller`, or the folder of a frozen policy.
@@ -69,13 +72,19 @@ class GovernorCallback(TrainerCallback):
             seed=args.seed,
             **self._options,
         )
+        self.governor.step = state.global_step  # of a resumed training: its horizon goes on, not anew
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Adds the governor's scales to what Trainer reports, so that every tracker gets them."""
-        logs = kwargs.get("logs")
-        if self.governor is not None and isinstance(logs, dict):
-            logs["governor/lr_scale"] = self.governor.executed.lr_scale
-            logs["governor/momentum_scale"] = self.governor.executed.momentum_scale
+        """Adds the scales that were executed last to what Trainer logs."""
+        if self.governor is None:
+            return
+        scales = {
+            "governor/lr_scale": self.governor.executed.lr_scale,
+            "governor/momentum_scale": self.governor.executed.momentum_scale,
+        }
+        for record in (kwargs.get("logs"), *state.log_history[-1:]):  # Trainer files a copy before it calls us
+            if isinstance(record, dict):
+                record.update(scales)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

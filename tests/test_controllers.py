@@ -1,0 +1,518 @@
+"""One contract for every controller, and the law of each with analytic answers."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lbw_rl import CONTROLLERS, FEATURES, SIGNALS, Action, Authority, Context, Controller, Directive, Telemetry
+from lbw_rl.authority import Enforcer
+from lbw_rl.controllers.constant import Constant
+from lbw_rl.controllers.entropic import EntroPIC
+from lbw_rl.controllers.lbw_guard import LBWGuard
+from lbw_rl.controllers.pid import PID
+from lbw_rl.controllers.ppo import FrozenPolicy
+from lbw_rl.controllers.random import RandomActions
+from lbw_rl.policy import save_policy
+from lbw_rl.registry import load_controller
+from lbw_rl.setpoint import ratio_level
+
+WIDE = Authority(lr_scale=(1e-3, 100.0), momentum_scale=(0.5, 2.0), slew_up=1e6, max_rollbacks=5, rollback_cooldown=0)
+CONTEXT = Context(total_steps=200, authority=WIDE, seed=3)
+CASES = {
+    "constant": Constant,
+    "constant-scaled": lambda: Constant(lr_scale=0.3, momentum_scale=1.5),
+    "pid": PID,
+    "pid-full": lambda: PID(signal="grad_norm", setpoint=1.0, kp=0.5, ki=0.2, kd=0.1, deadband=0.05),
+    "entropic-pi": EntroPIC,
+    "entropic-threshold": lambda: EntroPIC(law="threshold"),
+    "entropic-fixed": lambda: EntroPIC(target=0.5, smoothing=1),
+    "lbw-guard": LBWGuard,
+    "random": RandomActions,
+}
+
+
+@pytest.fixture(params=[*CASES, "ppo"])
+def make(request, policy_folder):
+    """Every controller in turn, as a function that makes one."""
+    return CASES.get(request.param, lambda: FrozenPolicy(policy_folder))
+
+
+def started(make) -> Controller:
+    controller = make()
+    controller.reset(CONTEXT)
+    return controller
+
+
+def a_run(seed: int, length: int = 60) -> list[Telemetry]:
+    """The telemetry of a run with drifts, spikes, gaps and a poisoned step."""
+    rng = np.random.default_rng(seed)
+    run = []
+    for step in range(length):
+        drift = math.exp(0.3 * math.sin(step / 7))
+        signals = {
+            "step": float(step),
+            "progress": step / 200,
+            "learning_rate": 1e-3 * min(1.0, step / 5),
+            "lr_scale": drift,
+            "momentum_scale": 1.0,
+            "loss": 5 - step / 30 + 0.1 * rng.normal() + (4.0 if rng.random() < 0.05 else 0.0),
+            "nonfinite": 0.0,
+            "grad_norm": math.exp(0.2 * rng.normal()) * (50.0 if rng.random() < 0.05 else 1.0),
+            "grad_entropy": float(np.clip(0.5 + 0.1 * rng.normal(), 0, 1)),
+            "grad_cosine": rng.uniform(-1, 1),
+            "update_ratio": 0.02 * drift * math.exp(0.2 * rng.normal()),
+            "surprise": math.exp(0.4 * rng.normal()),
+            "weight_rms": 0.05,
+            "step_seconds": 0.02,
+            "tokens_per_second": 3e4,
+            "cpu_utilization": 0.5,
+        }
+        gaps = [name for name in signals if rng.random() < 0.04]
+        signals.update(dict.fromkeys(gaps, math.nan))
+        if rng.random() < 0.03:
+            signals.update(loss=math.nan, grad_norm=math.nan, nonfinite=1.0)
+        run.append(Telemetry(**signals))
+    return run
+
+
+def decisions(controller: Controller, run: list[Telemetry]) -> list[Action]:
+    return [controller.act(t) for t in run]
+
+
+def plausible(name: str) -> st.SearchStrategy[float]:
+    """Whatever a healthy source may report: within the table's range, as a float32, or not measured."""
+    if name in ("lr_scale", "momentum_scale"):
+        return st.floats(1e-3, 1e3)
+    signal = SIGNALS[name]
+    low, high = max(signal.low, -(2.0**100)), min(signal.high, 2.0**100)
+    return st.one_of(st.just(math.nan), st.just(float(max(low, 0))), st.floats(low, high, width=32))
+
+
+RUNS = st.lists(st.builds(Telemetry, **{name: plausible(name) for name in SIGNALS}), max_size=8)
+NONSENSE = st.lists(st.builds(Telemetry, **dict.fromkeys(SIGNALS, st.floats())), max_size=4)
+EVERY_CONTROLLER = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+# ---- the contract
+
+
+def test_a_fresh_controller_needs_no_reset(make):
+    assert isinstance(make().act(Telemetry()), Action)
+    assert make().name in CONTROLLERS
+
+
+@given(run=RUNS)
+@EVERY_CONTROLLER
+def test_whatever_a_healthy_run_shows_the_proposal_is_well_formed(make, run):
+    controller, enforcer = started(make), Enforcer(WIDE)
+    for telemetry in run:
+        action = controller.act(telemetry)
+        enforcer.rule(action)
+        assert enforcer.faults == 0, action
+        assert action.regime
+        json.dumps(dict(action.evidence))
+        assert all(isinstance(v, float) for v in action.evidence.values())
+
+
+@given(run=NONSENSE)
+@EVERY_CONTROLLER
+def test_whatever_telemetry_comes_the_executed_scales_stay_in_the_authority(make, run):
+    authority = Authority(lr_scale=(0.5, 2.0), momentum_scale=(0.9, 1.1), slew_up=1.2, suspend_after=1000)
+    controller, enforcer = started(make), Enforcer(authority)
+    last = 1.0
+    for telemetry in run:
+        try:
+            ruling = enforcer.rule(controller.act(telemetry))
+        except (ArithmeticError, ValueError) as e:
+            ruling = enforcer.rule(None, repr(e))
+        assert 0.5 <= ruling.action.lr_scale <= min(2.0, last * 1.2)
+        assert 0.9 <= ruling.action.momentum_scale <= 1.1
+        last = ruling.action.lr_scale
+
+
+def test_the_same_telemetry_gives_the_same_decisions(make):
+    run = a_run(0)
+    assert decisions(started(make), run) == decisions(started(make), run)
+
+
+def test_reset_forgets_everything(make):
+    controller = started(make)
+    decisions(controller, a_run(1))
+    controller.reset(CONTEXT)
+    assert decisions(controller, a_run(2)) == decisions(started(make), a_run(2))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("cut", [0, 1, 7, 40])
+def test_state_round_trip_decides_alike_from_there_on(make, seed, cut):
+    run = a_run(seed)
+    original = started(make)
+    decisions(original, run[:cut])
+    text = json.dumps(original.state_dict(), allow_nan=False)
+    file = io.BytesIO()
+    torch.save(original.state_dict(), file)
+    file.seek(0)
+    expected = decisions(original, run[cut:])
+    for state in (json.loads(text), torch.load(file, weights_only=True)):
+        restored = started(make)
+        decisions(restored, a_run(99, length=5))  # what it did before does not matter
+        restored.load_state_dict(state)
+        assert decisions(restored, run[cut:]) == expected
+        assert restored.summary() == original.summary()
+
+
+def test_one_gap_in_all_signals_does_not_derail_a_controller(make):
+    run = a_run(5)
+    controller = started(make)
+    decisions(controller, run[:30])
+    controller.act(Telemetry())
+    for action in decisions(controller, run[30:]):
+        assert math.isfinite(action.lr_scale)
+        assert action.lr_scale > 0
+
+
+# ---- by name
+
+
+@pytest.mark.parametrize("name", [n for n in CONTROLLERS if n != "ppo"])
+def test_every_name_loads_its_controller(name):
+    assert load_controller(name).name == name
+
+
+def test_a_folder_loads_its_policy_and_an_object_is_taken_as_it_is(policy_folder):
+    assert isinstance(load_controller(policy_folder), FrozenPolicy)
+    assert load_controller("ppo", folder=policy_folder).decide_every == 1
+    pid = PID()
+    assert load_controller(pid) is pid
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown name 'lqr'; accepted: constant, pid, entropic, lbw-guard, ppo"):
+        load_controller("lqr")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("pid", {"gain": 1}, "gain"),
+        ("pid", {"kp": -1}, "pid.kp"),
+        ("pid", {"ki": math.inf}, "pid.ki"),
+        ("pid", {"ki": "fast"}, "controller.options"),
+        ("pid", {"signal": "loss"}, "pid.signal: 'loss' is unknown; accepted: update_ratio"),
+        ("pid", {"signal": "grad_norm"}, "pid.setpoint: 'auto' is known for update_ratio only"),
+        ("pid", {"setpoint": 0}, "pid.setpoint"),
+        ("pid", {"setpoint": math.inf}, "pid.setpoint"),
+        ("entropic", {"law": "pd"}, "entropic.law: 'pd' is unknown; accepted: pi, threshold"),
+        ("entropic", {"target": 1.5}, "entropic.target"),
+        ("entropic", {"warmup": 0}, "entropic.warmup"),
+        ("entropic", {"gain": 1e4}, "entropic.gain"),
+        ("constant", {"lr_scale": math.nan}, "constant.lr_scale"),
+        ("constant", {"momentum_scale": 0}, "constant.momentum_scale"),
+        ("lbw-guard", {"displacement": 0}, "lbw-guard.displacement"),
+    ],
+)
+def test_a_bad_option_is_refused_by_name(name, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        load_controller(name, **options)
+
+
+# ---- constant, random
+
+
+def test_constant_leaves_alone_by_default():
+    assert Constant().act(Telemetry()) == Action()
+
+
+def test_random_draws_are_log_uniform_within_the_authority_and_belong_to_the_seed():
+    controller = RandomActions()
+    draws = {}
+    for seed in (0, 1):
+        controller.reset(Context(authority=WIDE, seed=seed))
+        draws[seed] = [controller.act(Telemetry()) for _ in range(400)]
+    assert draws[0] != draws[1]
+    logs = [math.log(a.lr_scale) for a in draws[0]]
+    low, high = (math.log(b) for b in WIDE.lr_scale)
+    assert low <= min(logs) <= max(logs) <= high
+    assert np.mean(logs) == pytest.approx((low + high) / 2, abs=4 * (high - low) / math.sqrt(12 * 400))
+
+
+# ---- pid
+
+
+class RatioPlant:
+    """A run whose update-to-weight ratio is gain · rate · executed scale."""
+
+    def __init__(self, controller, authority, gain, learning_rate=1e-3, steps=200):
+        controller.reset(Context(total_steps=steps, authority=authority))
+        self.controller, self.enforcer, self.gain = controller, Enforcer(authority), gain
+        self.learning_rate, self.scale, self.steps, self.step = learning_rate, 1.0, steps, 0
+
+    def decide(self, loss=5.0, **signals):
+        """One decision; returns the ratio that the executed scale gives."""
+        ratio = self.gain * self.learning_rate * self.scale if self.step else math.nan
+        telemetry = Telemetry(
+            progress=self.step / self.steps,
+            learning_rate=self.learning_rate,
+            lr_scale=self.scale,
+            update_ratio=ratio,
+            loss=loss,
+            nonfinite=0.0,
+            grad_norm=1.0,
+            surprise=1.0,
+        )
+        self.proposed = self.controller.act(Telemetry(**{**telemetry.as_dict(), **signals}))
+        self.scale = self.enforcer.rule(self.proposed).action.lr_scale
+        self.step += 1
+        return self.gain * self.learning_rate * self.scale
+
+
+@pytest.mark.parametrize("gain", [0.1, 1.0, 30.0, 3000.0])
+def test_pid_with_integral_gain_one_is_dead_beat_on_the_ratio(gain):
+    plant = RatioPlant(PID(setpoint=0.02, kp=0.0, ki=1.0), Authority(lr_scale=(1e-6, 1e6), slew_up=1e12), gain)
+    plant.decide()
+    assert plant.scale == 1.0  # nothing measured yet: no bump
+    assert plant.decide() == pytest.approx(0.02)
+    assert plant.decide() == pytest.approx(0.02)
+
+
+def test_pid_error_decays_geometrically_at_its_integral_gain():
+    plant = RatioPlant(PID(setpoint=0.02, kp=0.0, ki=0.3), Authority(lr_scale=(1e-6, 1e6), slew_up=1e12), gain=200.0)
+    plant.decide()
+    errors = [math.log(0.02 / plant.decide()) for _ in range(10)]
+    assert errors[0] == pytest.approx(0.7 * math.log(0.02 / 0.2))
+    assert np.diff(np.log(np.abs(errors))) == pytest.approx([math.log(0.7)] * 9)
+
+
+def test_pid_velocity_form_adds_its_three_terms():
+    pid = PID(signal="surprise", setpoint=1.0, kp=0.5, ki=0.25, kd=0.125)
+    logs = []
+    for surprise in (1.0, math.e, math.e**3):
+        action = pid.act(Telemetry(surprise=surprise, learning_rate=1.0, lr_scale=1.0))
+        logs.append(math.log(action.lr_scale))
+    # errors 0, −1, −3: Kp·(e − e′) + Ki·e + Kd·(e − 2e′ + e″)
+    assert logs == pytest.approx([0.0, -0.5 - 0.25 - 0.125, -1.0 - 0.75 - 0.125])
+
+
+def test_pid_does_not_wind_up_against_a_bound():
+    plant = RatioPlant(PID(setpoint=0.02, kp=0.0, ki=0.5), Authority(lr_scale=(0.5, 2.0), slew_up=1e6), gain=1.0)
+    for _ in range(100):  # wants 20, may have 2
+        plant.decide()
+    assert plant.scale == 2.0
+    plant.gain = 400.0  # now the ratio is far above the set-point
+    plant.decide()
+    assert plant.scale < 2.0  # the very next decision comes off the bound
+
+
+def test_pid_keeps_the_annealing_of_the_user_s_schedule():
+    plant = RatioPlant(PID(setpoint=0.02, kp=0.0, ki=1.0), Authority(lr_scale=(1e-6, 1e6), slew_up=1e12), gain=7.0)
+    plant.decide()
+    plant.decide()
+    plant.learning_rate /= 4
+    assert plant.decide() == pytest.approx(0.02 / 4)
+
+
+def test_pid_holds_the_executed_scale_while_there_is_no_signal():
+    action = PID().act(Telemetry(learning_rate=1e-3, lr_scale=0.3))
+    assert (action.lr_scale, action.regime) == (0.3, "calibrating")
+
+
+def test_pid_deadband_leaves_small_errors_alone():
+    pid = PID(setpoint=0.02, deadband=0.1)
+    assert pid.act(Telemetry(update_ratio=0.021, learning_rate=1.0, lr_scale=0.7)).lr_scale == pytest.approx(0.7)
+
+
+def test_pid_automatic_set_point_is_the_displacement_over_the_root_of_the_horizon():
+    pid = PID()
+    pid.reset(Context(total_steps=100))
+    action = pid.act(Telemetry(update_ratio=0.01, learning_rate=1.0, lr_scale=1.0))
+    assert action.evidence["target"] == pytest.approx(ratio_level(100))
+
+
+# ---- entropic
+
+
+def entropies(controller, values):
+    return [controller.act(Telemetry(grad_entropy=h)) for h in values]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "lr", "momentum"),
+    [(0.5, 0.8, 1.2), (0.899, 0.8, 1.2), (0.901, 1, 1), (1.0, 1, 1), (1.099, 1, 1), (1.101, 1.2, 0.9), (1.9, 1.2, 0.9)],
+)
+def test_entropic_threshold_is_the_source_s_law_and_never_compounds(ratio, lr, momentum):
+    controller = EntroPIC(law="threshold", target=0.5, smoothing=1)
+    for action in entropies(controller, [0.5 * ratio] * 5):
+        assert (action.lr_scale, action.momentum_scale) == (lr, momentum)
+
+
+def test_entropic_smooths_over_three_decisions():
+    actions = entropies(EntroPIC(target=0.5), [0.2, 0.4, 0.6, 0.8])
+    assert [a.evidence["entropy"] for a in actions] == pytest.approx([0.2, 0.3, 0.4, 0.6])
+
+
+def test_entropic_pi_law_with_its_published_gains():
+    ratio = 0.8
+    actions = entropies(EntroPIC(target=0.5, smoothing=1), [0.5 * ratio] * 3)
+    error = math.log(ratio)
+    expected = [math.exp(error + 0.01 * error * n) for n in (1, 2, 3)]
+    assert [a.lr_scale for a in actions] == pytest.approx(expected)
+    assert all(a.momentum_scale == 1 for a in actions)
+    assert [a.regime for a in actions] == ["low-entropy"] * 3
+
+
+def test_entropic_pi_law_does_not_wind_up():
+    controller = EntroPIC(target=0.5, smoothing=1, kp=1.0, ki=0.5)
+    low = entropies(controller, [0.01] * 200)
+    assert low[-1].lr_scale == pytest.approx(math.exp(-1))
+    assert entropies(controller, [0.9])[0].lr_scale > math.exp(-1)
+    assert max(a.lr_scale for a in entropies(controller, [0.9] * 10)) > 1.0
+
+
+def test_entropic_automatic_target_is_the_median_and_is_measured_anew():
+    controller = EntroPIC(law="threshold", warmup=3, recalibrate=10, smoothing=1)
+    regimes = [a.regime for a in entropies(controller, [0.4, 0.6, 0.5] + [0.5] * 7 + [0.9] * 10)]
+    assert regimes == ["calibrating"] * 2 + ["steady"] * 8 + ["high-entropy"] * 2 + ["steady"] * 8
+
+
+def test_entropic_without_a_signal_leaves_alone_and_keeps_its_record():
+    controller, twin = EntroPIC(target=0.5), EntroPIC(target=0.5)
+    entropies(controller, [0.4]), entropies(twin, [0.4])
+    silent = controller.act(Telemetry())
+    assert (silent.lr_scale, silent.regime) == (1.0, "no-signal")
+    assert entropies(controller, [0.45]) == entropies(twin, [0.45])
+
+
+# ---- lbw-guard
+
+
+@pytest.mark.parametrize("learning_rate", [1e-5, 1e-3, 1e-1])
+def test_guard_makes_the_base_rate_cancel_out(learning_rate):
+    authority = Authority(lr_scale=(1e-6, 1e6), slew_up=1e12)
+    plants = [RatioPlant(LBWGuard(), authority, gain=7.0, learning_rate=lr) for lr in (learning_rate, 3e-3)]
+    for step in range(40):
+        one, other = (plant.decide() for plant in plants)
+        if step > 2:
+            assert one == pytest.approx(other)
+            assert one == pytest.approx(plants[0].proposed.evidence["target"])
+
+
+def test_guard_skips_a_poisoned_step_and_says_so():
+    plant = RatioPlant(LBWGuard(), WIDE, gain=7.0)
+    for _ in range(20):
+        plant.decide()
+    plant.decide(loss=math.nan, nonfinite=1.0, grad_norm=math.nan)
+    assert (plant.proposed.regime, plant.proposed.directive) == ("non-finite", Directive.SKIP)
+
+
+def test_guard_skips_a_gradient_burst_with_its_evidence():
+    plant = RatioPlant(LBWGuard(), WIDE, gain=7.0)
+    for step in range(30):
+        plant.decide(grad_norm=1.0 + 0.1 * (-1) ** step)
+    plant.decide(grad_norm=100.0)
+    assert (plant.proposed.regime, plant.proposed.directive) == ("gradient-burst", Directive.SKIP)
+    assert plant.proposed.evidence["grad_norm"] == 100.0
+    plant.decide()
+    assert plant.proposed.directive is Directive.PROCEED
+
+
+@pytest.mark.parametrize(
+    ("regime", "signals"), [("loss-spike", {"loss": 9.0}), ("overshoot", {"surprise": 10.0})], ids=["loss", "surprise"]
+)
+def test_guard_grows_cautious_on_an_alarm_and_recovers(regime, signals):
+    alarmed, calm = (RatioPlant(LBWGuard(), WIDE, gain=7.0) for _ in range(2))
+    for step in range(30):
+        loss = 5.0 + 0.05 * (-1) ** step
+        assert alarmed.decide(loss=loss) == calm.decide(loss=loss)
+    loss = signals.pop("loss", 5.0)
+    assert alarmed.decide(loss=loss, **signals) < 0.9 * calm.decide()
+    assert alarmed.proposed.regime == regime
+    for _ in range(30):
+        last = alarmed.decide(), calm.decide()
+    assert last[0] == pytest.approx(last[1], rel=0.05)
+
+
+def test_guard_asks_to_roll_back_a_lost_run_and_is_not_stuck_there():
+    plant = RatioPlant(LBWGuard(), WIDE, gain=7.0)
+    for step in range(40):
+        plant.decide(loss=3.0 + 0.05 * (-1) ** step)
+    regimes = []
+    for _ in range(20):
+        plant.decide(loss=9.0)
+        regimes.append(plant.proposed.directive)
+    assert Directive.ROLLBACK in regimes
+    for _ in range(40):
+        plant.decide(loss=3.0)
+    assert plant.proposed.regime in {"steady", "annealing", "holding-back", "raising"}
+
+
+# ---- the frozen policy
+
+
+def frozen(folder, weight=0.0, bias=(0.0, 0.0), authority=WIDE):
+    return save_policy(
+        folder,
+        [(np.full((2, len(FEATURES)), weight, np.float32), np.array(bias, np.float32))],
+        mean=np.zeros(len(FEATURES)),
+        std=np.ones(len(FEATURES)),
+        authority=authority,
+        decide_every=3,
+        provenance={},
+        card="",
+    )
+
+
+@pytest.mark.parametrize(
+    ("unit", "lr", "momentum"), [(-1.0, 1e-3, 0.5), (0.0, math.sqrt(0.1), 1.0), (1.0, 100.0, 2.0), (9.0, 100.0, 2.0)]
+)
+def test_a_policy_s_outputs_map_log_linearly_onto_its_authority(tmp_path, unit, lr, momentum):
+    policy = FrozenPolicy(frozen(tmp_path / "p", bias=(unit, unit)))
+    action = policy.act(Telemetry())
+    assert (action.lr_scale, action.momentum_scale) == (pytest.approx(lr), pytest.approx(momentum))
+    assert action.regime == "learned"
+    assert policy.decide_every == 3
+
+
+def test_a_policy_that_overflows_is_a_fault_and_not_an_extreme_action(tmp_path):
+    weight = np.zeros((2, len(FEATURES)), np.float32)
+    weight[:, list(FEATURES).index("progress")] = np.finfo(np.float32).max
+    weight[:, list(FEATURES).index("gpu_utilization")] = np.finfo(np.float32).min
+    folder = save_policy(
+        tmp_path / "p",
+        [(weight, np.zeros(2, np.float32))],
+        mean=np.zeros(len(FEATURES)),
+        std=np.full(len(FEATURES), 1e-3),
+        authority=WIDE,
+        decide_every=1,
+        provenance={},
+        card="",
+    )
+    policy, enforcer = FrozenPolicy(folder), Enforcer(WIDE)
+    with np.errstate(all="ignore"):
+        action = policy.act(Telemetry(progress=1.0, gpu_utilization=1.0))  # inf − inf
+    assert math.isnan(action.lr_scale)
+    enforcer.rule(action)
+    assert enforcer.faults == 1
+
+
+def test_unfamiliar_telemetry_is_counted_and_hands_over_to_the_rule(tmp_path):
+    folder = frozen(tmp_path / "p", bias=(0.5, 0.0))
+    header = json.loads((folder / "policy.json").read_text())
+    header["fallback"] = {"controller": "constant", "feature_z": 2.0, "rate": 0.5, "window": 10}
+    (folder / "policy.json").write_text(json.dumps(header))
+    policy = FrozenPolicy(folder)
+    familiar, strange = Telemetry(progress=0.5), Telemetry(progress=0.5, surprise=1e9)
+    assert [policy.act(strange).regime for _ in range(5)] == ["learned-unfamiliar"] * 5
+    assert [policy.act(familiar).regime for _ in range(5)] == ["learned"] * 5  # 5 of 10: not past the rate
+    assert policy.summary() == {"unfamiliar_decisions": 5, "fallback_active": False}
+    for _ in range(6):
+        policy.act(strange)
+    assert policy.summary() == {"unfamiliar_decisions": 11, "fallback_active": True}
+    assert policy.act(familiar) == Action()  # the rule, from here on
+    policy.reset(Context())
+    assert policy.act(familiar).regime == "learned"

@@ -1,0 +1,51 @@
+"""Generates `docs/signals.md` from the tables in code: `python -m lbw_rl.training_runs.reference docs/signals.md`."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+from lbw_rl.features import FEATURE_LIMIT, FEATURE_SCHEMA, FEATURES
+from lbw_rl.signals import SIGNALS
+
+
+def reference() -> str:
+    """The signal and feature tables as Markdown."""
+    signals = "\n".join(
+        f"| `{s.name}` | {s.unit} | {_bound(s.low)} … {_bound(s.high)} | {s.source} | {_cell(s.definition)} |"
+        for s in SIGNALS.values()
+    )
+    features = "\n".join(f"| {i} | `{name}` | {_cell(text)} |" for i, (name, text) in enumerate(FEATURES.items()))
+    return f"""# Signals and features
+
+Generated from `lbw_rl/signals.py` and `lbw_rl/features.py`; do not edit.
+
+## Signals
+
+One decision window's raw record (`Telemetry`), in physical units. Missing is NaN (`null` in the ledger), never 0.
+
+| signal | unit | range | source | definition |
+|---|---|---|---|---|
+{signals}
+
+## Feature vector, schema {FEATURE_SCHEMA}
+
+What a learned policy sees: dimensionless, clipped to ±{FEATURE_LIMIT:g}, 0 where a signal was not measured.
+
+| index | feature | definition |
+|---|---|---|
+{features}
+"""
+
+
+def _bound(value: float) -> str:
+    return ("∞" if value > 0 else "−∞") if math.isinf(value) else f"{value:g}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(reference(), encoding="utf-8")
