@@ -70,7 +70,7 @@ class LBWGuard(Controller):
         """Names the regime, updates the baselines with what is healthy, and asks for the set-point's rate."""
         t = telemetry
         self._plant.observe(t)
-        if t.nonfinite:
+        if t.nonfinite == 1:  # NaN: no gradient was there to judge
             return self._skip("non-finite", {"nonfinite": 1.0})
         if self._is_burst(t.grad_norm):
             evidence = {"grad_norm": t.grad_norm, "mean": self._grad_norm.mean}
@@ -83,7 +83,7 @@ class LBWGuard(Controller):
             self._caution = max(0.1, self._caution / 2)
         else:
             self._caution = min(1.0, self._caution * 1.1)
-        shape = math.sqrt(1.0 - t.progress) if math.isfinite(t.progress) else 1.0
+        shape = math.sqrt(max(0.0, 1.0 - t.progress)) if math.isfinite(t.progress) else 1.0
         target = self._level * self._caution * shape
         scale = self._plant.scale_for(target, t.learning_rate)
         if scale is None:

@@ -15,8 +15,6 @@ from lbw_rl.features import FEATURE_LIMIT, FEATURES
 DEFAULT_AUTHORITY = Authority(lr_scale=(1e-2, 1e2), momentum_scale=(0.5, 2.0), slew_up=10.0)
 """Wide enough to repair a hundredfold learning-rate error; symmetric in the log, so that action 0 is neutral."""
 
-_NEUTRAL_TOLERANCE = 1e-12
-
 
 def action_space() -> Space[NDArray[np.float32]]:
     """lr_scale and momentum_scale as positions in [-1, 1]."""
@@ -41,12 +39,7 @@ def command(unit: NDArray[np.floating], authority: Authority) -> Action:
     if np.isnan(unit).any():
         raise ValueError(f"action {unit} holds NaN; accepted: finite numbers, clipped to [-1, 1]")
     lr, momentum = (
-        _snap(log_interpolate(float(u), bounds))
+        log_interpolate(float(u), bounds)
         for u, bounds in zip(unit, (authority.lr_scale, authority.momentum_scale), strict=True)
     )
     return Action(lr_scale=lr, momentum_scale=momentum)
-
-
-def _snap(scale: float) -> float:
-    # exp(log(…)) misses 1 by a few ulps, and only an exact 1 leaves every bit of a run alone.
-    return 1.0 if abs(scale - 1.0) < _NEUTRAL_TOLERANCE else scale

@@ -48,7 +48,9 @@ def log_interpolate(unit: float, bounds: tuple[float, float]) -> float:
     low, high = bounds
     fraction = (min(max(unit, -1.0), 1.0) + 1.0) / 2.0  # in this order NaN passes through
     value = math.exp(math.log(low) + fraction * (math.log(high) - math.log(low)))
-    return min(max(value, low), high)  # exp∘log may miss an end point by one ulp
+    if abs(value - 1.0) < 1e-12:
+        return 1.0  # exp∘log misses 1 by a few ulps, and only an exact 1 leaves every bit of a run alone
+    return min(max(value, low), high)  # and an end point by one ulp
 
 
 def log_position(value: float, bounds: tuple[float, float]) -> float:

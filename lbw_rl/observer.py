@@ -33,8 +33,9 @@ class Observer:
         self._explicit_tokens += count
 
     def step_done(self) -> None:
-        """Counts one optimizer step of the window."""
+        """Counts one optimizer step of the window; the norm that the caller gave was that step's."""
         self._steps += 1
+        self.grad_norm = None
 
     def collect(self) -> tuple[torch.Tensor | None, torch.Tensor | float | None, dict[str, float]]:
         """Ends the window: mean loss, gradient norm if the caller gave one, and the clock's signals."""

@@ -108,16 +108,18 @@ def _recorded(record: dict[str, Any], ledger: str | Path) -> tuple[Telemetry, di
     """A decision's telemetry, and what was executed."""
     try:
         executed = record["executed"]
-        step = {
+        scale = float(executed["lr_scale"])
+        if not scale > 0:
+            raise ValueError("executed.lr_scale must be > 0")
+        return Telemetry.from_dict(record["telemetry"]), {
             "step": int(record["step"]),
-            "recorded_lr_scale": float(executed["lr_scale"]),
+            "recorded_lr_scale": scale,
             "recorded_directive": str(executed["directive"]),
         }
-        if not step["recorded_lr_scale"] > 0:
-            raise ValueError("executed.lr_scale must be > 0")
-        return Telemetry.from_dict(record["telemetry"]), step
     except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"ledger: the decision at step {record.get('step')} of {ledger} is damaged ({_brief(e)})") from e
+        raise ValueError(
+            f"ledger: the decision at step {record.get('step')} of {ledger} is damaged ({_brief(e)})"
+        ) from e
 
 
 def _brief(error: Exception) -> str:

@@ -192,21 +192,36 @@ BAD = {
     "no such command": (["fly"], ["fly"]),
     "no such option": ([*RUN, "--speed", "3"], ["--speed"]),
     "no recipe": (["run"], ["'recipe'"]),
-    "unknown recipe": (["run", "mini-qwen3"], ["recipe: unknown name 'mini-qwen3'", "did you mean 'mini-qwen2'?", "known: mini-llama"]),
+    "unknown recipe": (
+        ["run", "mini-qwen3"],
+        ["recipe: unknown name 'mini-qwen3'", "did you mean 'mini-qwen2'?", "known: mini-llama"],
+    ),
     "recipe file missing": (["run", "{}/absent.toml"], ["recipe: ", "absent.toml' is no readable file", "accepted: "]),
     "recipe no TOML": (["run", "{}/bad.toml"], ["recipe: ", "not a valid TOML file"]),
     "recipe with a typo": (["run", "{}/typo.toml"], ["train.stepz: unknown key", "accepted: train.steps"]),
     "unknown key": ([*RUN, "--set", "no.such.key=1"], ["no.such.key: unknown key", "accepted: name, model, data"]),
     "misspelt key": ([*RUN, "--set", "train.stepz=1"], ["train.stepz: unknown key", "did you mean train.steps?"]),
-    "wrong type": ([*RUN, "--set", "train.steps=many"], ["train.steps: 'many' is not accepted", "should be a valid integer"]),
-    "out of range": ([*RUN, "--set", "train.steps=0"], ["train.steps: 0 is not accepted", "greater than or equal to 1"]),
+    "wrong type": (
+        [*RUN, "--set", "train.steps=many"],
+        ["train.steps: 'many' is not accepted", "should be a valid integer"],
+    ),
+    "out of range": (
+        [*RUN, "--set", "train.steps=0"],
+        ["train.steps: 0 is not accepted", "greater than or equal to 1"],
+    ),
     "no choice": ([*RUN, "--set", "optimizer.name=lion"], ["optimizer.name: 'lion'", "'adamw', 'sgd' or 'adafactor'"]),
     "no assignment": ([*RUN, "--set", "train.steps"], ["'train.steps'", "accepted form is section.field=value"]),
     "authority": ([*RUN, "--set", "authority.lr_scale=[2.0, 3.0]"], ["authority.lr_scale: ", "0 < low <= 1 <= high"]),
     "unknown controller": ([*RUN, "--controller", "nobody"], ["controller: unknown name 'nobody'", CONTROLLERS]),
     "empty controller": ([*RUN, "--controller", ""], ["controller.name: ''", "at least 1 character"]),
-    "controller option": ([*RUN, "--controller", "pid", "--set", "controller.options.k=1"], ["controller.options: ", "'k'"]),
-    "controller value": ([*RUN, "--controller", "pid", "--set", "controller.options.kp=-1"], ["pid.kp: -1 must be >= 0"]),
+    "controller option": (
+        [*RUN, "--controller", "pid", "--set", "controller.options.k=1"],
+        ["controller.options: ", "'k'"],
+    ),
+    "controller value": (
+        [*RUN, "--controller", "pid", "--set", "controller.options.kp=-1"],
+        ["pid.kp: -1 must be >= 0"],
+    ),
     "unknown mode": ([*RUN, "--mode", "sideways"], ["mode: 'sideways' is unknown", "accepted: govern, shadow, off"]),
     "missing corpus": ([*RUN, "--set", "data.corpus={}/absent.txt"], ["data.corpus: ", "accepted: 'python-docs'"]),
     "empty corpus": ([*RUN, "--set", "data.corpus={}/empty.txt"], ["data.corpus: ", "too little text"]),
@@ -216,14 +231,26 @@ BAD = {
         [*RUN, "--set", "model.path={}/no-weights"],
         ["model.path: ", "has no weights (*.safetensors)", "accepted: a folder with config.json"],
     ),
-    "model without config": ([*RUN, "--set", "model.path={}/used"], ["model.path: ", "has no config.json", "accepted: "]),
+    "model without config": (
+        [*RUN, "--set", "model.path={}/used"],
+        ["model.path: ", "has no config.json", "accepted: "],
+    ),
     "model missing": ([*RUN, "--set", "model.path={}/absent"], ["model.path: ", "is no folder", "accepted: "]),
-    "folder in use": (["run", "mini-qwen2", "--out", "{}/used"], ["out: ", "is not empty; accepted: a new or empty folder"]),
+    "folder in use": (
+        ["run", "mini-qwen2", "--out", "{}/used"],
+        ["out: ", "is not empty; accepted: a new or empty folder"],
+    ),
     "folder of something else": (["run", "mini-qwen2", "--out", "{}/used", "--resume"], ["out: ", "no run to resume"]),
     "out is a file": (["run", "mini-qwen2", "--out", "{}/file"], ["out: ", "is a file; accepted: "]),
     "out below a file": (["run", "mini-qwen2", "--out", "{}/file/x"], ["out: ", "cannot be made", "accepted: "]),
-    "tampered policy": ([*RUN, "--controller", "{}/tampered"], ["policy: ", "policy.safetensors has SHA-256", "altered"]),
-    "policy without weights": ([*RUN, "--controller", "{}/half"], ["policy: ", "has no policy.safetensors", "accepted: "]),
+    "tampered policy": (
+        [*RUN, "--controller", "{}/tampered"],
+        ["policy: ", "policy.safetensors has SHA-256", "altered"],
+    ),
+    "policy without weights": (
+        [*RUN, "--controller", "{}/half"],
+        ["policy: ", "has no policy.safetensors", "accepted: "],
+    ),
     "no policy": ([*RUN, "--controller", "{}/used"], ["policy: ", "has no policy.json", "accepted: "]),
     "compare: controller": (["compare", "mini-qwen2", "--controllers", "pid,nobody"], ["controller: ", CONTROLLERS]),
     "compare: twice": (["compare", "mini-qwen2", "--controllers", "pid,pid"], ["controllers: pid, pid", "each once"]),
@@ -235,13 +262,25 @@ BAD = {
     "compare: workers": ([*COMPARE, "--workers", "0"], ["--workers", "greater than or equal to 1"]),
     "compare: backend": ([*COMPARE, "--backend", "cloud"], ["backend: 'cloud'", "accepted: local, ray"]),
     "compare: arm": (["compare", "mini-qwen2", "--controllers", "pid@train.stepz=1"], ["train.stepz: unknown key"]),
-    "compare: folder in use": (["compare", "mini-qwen2", "--controllers", "pid", "--out", "{}/used"], ["out: ", "is not empty"]),
+    "compare: folder in use": (
+        ["compare", "mini-qwen2", "--controllers", "pid", "--out", "{}/used"],
+        ["out: ", "is not empty"],
+    ),
     "compare: corpus": ([*COMPARE, "--set", "data.corpus={}/absent.txt"], ["data.corpus: ", "accepted: "]),
     "verify: nothing": (["policy", "verify", "{}/absent"], ["policy: ", "is not a folder", "accepted: "]),
-    "verify: tampered": (["policy", "verify", "{}/tampered"], ["policy: ", "policy.safetensors has SHA-256", "altered"]),
+    "verify: tampered": (
+        ["policy", "verify", "{}/tampered"],
+        ["policy: ", "policy.safetensors has SHA-256", "altered"],
+    ),
     "verify: other schema": (["policy", "verify", "{}/future"], ["policy: ", "feature_schema", "99", "1"]),
-    "inspect: tampered": (["policy", "inspect", "{}/tampered"], ["policy: ", "policy.safetensors has SHA-256", "altered"]),
-    "replay: nothing": (["replay", "{}/absent.jsonl", "--controller", "pid"], ["ledger: ", "is not a file; accepted: "]),
+    "inspect: tampered": (
+        ["policy", "inspect", "{}/tampered"],
+        ["policy: ", "policy.safetensors has SHA-256", "altered"],
+    ),
+    "replay: nothing": (
+        ["replay", "{}/absent.jsonl", "--controller", "pid"],
+        ["ledger: ", "is not a file; accepted: "],
+    ),
     "replay: nobody": (["replay", "{}/garbled.jsonl", "--controller", "nobody"], ["controller: ", CONTROLLERS]),
     "replay: no controller": (["replay", "{}/garbled.jsonl"], ["--controller"]),
     "replay: garbled": (["replay", "{}/garbled.jsonl", "--controller", "pid"], ["ledger: ", "line 1 is not JSON"]),
@@ -250,10 +289,19 @@ BAD = {
     "replay: headless": (["replay", "{}/headless.jsonl", "--controller", "pid"], ["ledger: ", "start with a header"]),
     "replay: undecided": (["replay", "{}/undecided.jsonl", "--controller", "pid"], ["ledger: ", "holds no decision"]),
     "replay: old": (["replay", "{}/old.jsonl", "--controller", "pid"], ["ledger: schema is 0", "reads 1"]),
-    "replay: no context": (["replay", "{}/no-context.jsonl", "--controller", "pid"], ["ledger: the header", "'context'"]),
-    "replay: authority": (["replay", "{}/no-authority.jsonl", "--controller", "pid"], ["ledger: the header", "lr_scale"]),
+    "replay: no context": (
+        ["replay", "{}/no-context.jsonl", "--controller", "pid"],
+        ["ledger: the header", "'context'"],
+    ),
+    "replay: authority": (
+        ["replay", "{}/no-authority.jsonl", "--controller", "pid"],
+        ["ledger: the header", "lr_scale"],
+    ),
     "replay: decision": (["replay", "{}/no-executed.jsonl", "--controller", "pid"], ["ledger: the decision at step 0"]),
-    "replay: signal": (["replay", "{}/unknown-signal.jsonl", "--controller", "pid"], ["unknown signal 'mood'", "known: step"]),
+    "replay: signal": (
+        ["replay", "{}/unknown-signal.jsonl", "--controller", "pid"],
+        ["unknown signal 'mood'", "known: step"],
+    ),
     "report: nothing": (["report", "{}/absent"], ["results: cannot read", "accepted: a results.json or its folder"]),
     "report: no results": (["report", "{}/used"], ["results: cannot read", "accepted: a results.json or its folder"]),
     "report: garbled": (["report", "{}/garbled-results"], ["results: ", "is not JSON"]),
@@ -261,7 +309,10 @@ BAD = {
     "report: no rows": (["report", "{}/no-rows"], ["results: ", "has no rows; accepted: "]),
     "report: bad row": (["report", "{}/bad-row"], ["results: ", "rows.0.recipe"]),
     "train-policy: no folder": (["train-policy"], ["--out"]),
-    "train-policy: no decisions": (["train-policy", "--out", "{}/out", "--decisions", "0"], ["--decisions", "greater than or equal to 1"]),
+    "train-policy: no decisions": (
+        ["train-policy", "--out", "{}/out", "--decisions", "0"],
+        ["--decisions", "greater than or equal to 1"],
+    ),
 }
 
 
@@ -295,10 +346,47 @@ def test_an_optional_package_that_is_missing_names_its_extra(lbw, monkeypatch, t
 
     monkeypatch.setattr("lbw_rl.doctor.examine", examine)
     line = lbw("doctor").refusal()
-    assert line == "stable_baselines3.common is not installed; accepted: pip install 'lbw-rl[rl]'"
+    assert line == "stable_baselines3 is not installed; accepted: pip install 'lbw-rl[rl]'"
     monkeypatch.setitem(sys.modules, "transformers", None)
     line = lbw("run", "mini-qwen2", "--out", tmp_path / "out").refusal()
     assert line.endswith("needs transformers: pip install 'lbw-rl[hf]'")
+
+
+CORE_ONLY = """
+import sys
+from lbw_rl.extras import EXTRAS
+for package in (p for packages in EXTRAS.values() for p in packages):
+    sys.modules[package.replace("-", "_")] = None  # as if it were not installed
+from lbw_rl.cli import main
+for line in sys.stdin.read().splitlines():
+    sys.argv = ["lbw-rl", *line.split()]
+    try:
+        main()
+    except SystemExit as ended:
+        print("exit", ended.code, flush=True)
+        print("--", file=sys.stderr, flush=True)
+"""
+
+
+def test_with_the_core_alone_every_command_works_or_names_its_extra(policy_folder, place):
+    expected = {
+        "doctor": None,
+        f"policy verify {policy_folder}": None,
+        f"policy inspect {policy_folder}": None,
+        f"run mini-qwen2 --out {place}/run": "hf",
+        f"compare mini-qwen2 --out {place}/compare": "report",
+        f"report {place}/used": "report",
+        f"train-policy --out {place}/policy": "rl",
+        f"demo --out {place}/demo": "rl",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CORE_ONLY], input="\n".join(expected), capture_output=True, text=True, cwd=place
+    )
+    assert done.returncode == 0, done.stderr
+    codes = re.findall(r"^exit (\d+)$", done.stdout, re.MULTILINE)
+    assert codes == ["2" if extra else "0" for extra in expected.values()], done.stderr
+    for said, extra in zip(done.stderr.split("--\n"), expected.values()):
+        assert re.fullmatch(rf"lbw-rl: .*pip install 'lbw-rl\[{extra}\]'\n" if extra else "", said), said
 
 
 def test_every_extra_is_one_of_the_distributions():
@@ -340,17 +428,26 @@ def test_run(lbw, small, tmp_path, monkeypatch):
     answer = lbw("run", "mini-qwen2", "--controller", "pid", *small)
     assert answer.code == 0
     summary = json.loads((tmp_path / "runs/mini-qwen2-pid/summary.json").read_text())
-    assert f"mini-qwen2 · pid: held-out loss {summary['final_loss']:.4f} nats (perplexity {summary['final_ppl']:.2f})" in answer.out
+    assert (
+        f"mini-qwen2 · pid: held-out loss {summary['final_loss']:.4f} nats (perplexity {summary['final_ppl']:.2f})"
+        in answer.out
+    )
     assert "of 6 decisions intervened" in answer.out
     assert answer.out.endswith("files: runs/mini-qwen2-pid\n")
     assert re.fullmatch(r"mini-qwen2 · pid: 6/6 loss \d\.\d{3}\n", answer.err)
 
-    assert lbw("run", "mini-qwen2", "--controller", "pid", *small).refusal().startswith("out: runs/mini-qwen2-pid is not empty")
+    assert (
+        lbw("run", "mini-qwen2", "--controller", "pid", *small)
+        .refusal()
+        .startswith("out: runs/mini-qwen2-pid is not empty")
+    )
     again = lbw("run", "mini-qwen2", "--controller", "pid", *small, "--resume", "--json")
     assert again.json() == summary
     assert again.err == ""
 
-    shadow = lbw("run", "mini-qwen2", "--controller", "pid", *small, "--mode", "shadow", "--out", "shadow", "--json").json()
+    shadow = lbw(
+        "run", "mini-qwen2", "--controller", "pid", *small, "--mode", "shadow", "--out", "shadow", "--json"
+    ).json()
     assert (shadow["mode"], shadow["controller"]) == ("shadow", "pid")
     wild = lbw("run", "mini-qwen2", *small, "--set", "train.lr_multiplier=1e4", "--out", "wild")
     assert "(diverged)" in wild.out
@@ -358,11 +455,15 @@ def test_run(lbw, small, tmp_path, monkeypatch):
 
 def test_a_path_with_brackets_is_printed_as_it_is(lbw, small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert lbw("run", "mini-llama", *small, "--out", "[/red] :bug: [bold]x").out.endswith("files: [/red] :bug: [bold]x\n")
+    assert lbw("run", "mini-llama", *small, "--out", "[/red] :bug: [bold]x").out.endswith(
+        "files: [/red] :bug: [bold]x\n"
+    )
 
 
 def test_the_recipes_own_controller_options_do_not_reach_another_controller(lbw, small, tmp_path, tiny):
-    text = 'name = "tuned"\n[model]\narchitecture = "llama"\n[controller]\nname = "pid"\n[controller.options]\nki = 0.2\n'
+    text = (
+        'name = "tuned"\n[model]\narchitecture = "llama"\n[controller]\nname = "pid"\n[controller.options]\nki = 0.2\n'
+    )
     (tmp_path / "tuned.toml").write_text(text)
     for arguments, expected in (
         ([], {"name": "pid", "options": {"ki": 0.2}}),
@@ -387,7 +488,7 @@ def test_compare_and_report(lbw, small, tmp_path, in_process):
     assert answer.code == 0
     for text in ("AdamW", "clip", "guard", f"report: {folder / 'report.html'}"):
         assert text in answer.out
-    assert re.fullmatch(r"comparing on mini-qwen2: 18/18 guard ×\S+: \d\.\d{3}\n", answer.err)
+    assert re.fullmatch(r"comparing on mini-qwen2: 18/18 \S+ ×\S+: \d\.\d{3}\n", answer.err)
     results = json.loads((folder / "results.json").read_text())
     assert "lbw-rl compare mini-qwen2" in results["summary"]["provenance"]["command"]
 

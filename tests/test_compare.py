@@ -1,5 +1,6 @@
 """The grid: pairing, resuming, the arms' syntax, and what a kill leaves behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -70,16 +71,20 @@ def test_an_arm_may_be_the_folder_of_a_policy(policy_folder):
 
 @pytest.mark.parametrize("text", ["nobody", "pid,", "x:=nobody", "pid,,constant"])
 def test_unknown_arms(text):
-    with pytest.raises(ValueError, match="^controller: unknown name .*accepted: constant, pid"):
+    with pytest.raises(ValueError, match=r"^controller: unknown name .*accepted: constant, pid"):
         parse_arms(text)
 
 
-@pytest.mark.parametrize(("text", "value"), [("30", 30.0), ("0.03", 0.03), (" 1/30 ", 1 / 30), ("3/2", 1.5), ("1e-2", 0.01)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("30", 30.0), ("0.03", 0.03), (" 1/30 ", 1 / 30), ("3/2", 1.5), ("1e-2", 0.01)]
+)
 def test_multipliers(text, value):
     assert parse_multiplier(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "x", "1/0", "1/", "/3", "nan", "inf", "1e400", "1e999999999", "1/inf", "1/2/3"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "-1", "x", "1/0", "1/", "/3", "nan", "inf", "1e400", "1e999999999", "1/inf", "1/2/3"]
+)
 def test_multipliers_that_are_none(text):
     with pytest.raises(ValueError, match=r"^lr-multipliers: .* is no multiplier; accepted: numbers > 0"):
         parse_multiplier(text)
@@ -128,7 +133,9 @@ def test_the_grid(recipe, tmp_path, in_process):
     by_seed = [{r.initial_loss for r in results.rows if r.seed == seed} for seed in (0, 1)]
     assert [len(losses) for losses in by_seed] == [1, 1]
     assert by_seed[0] != by_seed[1]
-    first = {json.loads((tmp_path / r.folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] for r in results.rows}
+    first = {
+        json.loads((tmp_path / r.folder / "metrics.jsonl").read_text().splitlines()[0])["loss"] for r in results.rows
+    }
     assert len(first) == 2
 
     assert {r.optimizer for r in results.rows if r.arm == "clip"} == {"adamw+clip1"}
@@ -157,7 +164,10 @@ def test_the_grid(recipe, tmp_path, in_process):
     ]
     provenance = results.summary["provenance"]
     assert provenance["command"] == "lbw-rl compare …"
-    assert provenance["corpus_sha256"] == json.loads((tmp_path / results.rows[0].folder / "summary.json").read_text())["corpus_sha256"]
+    assert (
+        provenance["corpus_sha256"]
+        == json.loads((tmp_path / results.rows[0].folder / "summary.json").read_text())["corpus_sha256"]
+    )
     assert provenance["corpus"] == "text.txt"  # a name, not a path of this machine
     assert {"lbw-rl", "torch", "transformers", "numpy"} == set(provenance["versions"])
 
@@ -165,7 +175,10 @@ def test_the_grid(recipe, tmp_path, in_process):
 def test_steps_to_target(recipe, tmp_path, in_process):
     longer = override(recipe, ["train.steps=40", "train.eval_every=4"])
     results = compare(longer, [PLAIN, GUARD], [1.0, 10.0], 3, tmp_path)
-    finals = {m: sorted(r.final_loss for r in results.rows if (r.arm, r.lr_multiplier) == ("AdamW", m))[1] for m in (1.0, 10.0)}
+    finals = {
+        m: sorted(r.final_loss for r in results.rows if (r.arm, r.lr_multiplier) == ("AdamW", m))[1]
+        for m in (1.0, 10.0)
+    }
     target = min(finals.values())  # the median run of plain AdamW at its best multiplier
     reached = 0
     for row in results.rows:
@@ -222,14 +235,16 @@ def grid(tiny, tmp_path):
         command = [sys.executable, "-c", "from lbw_rl.cli import main; main()", "compare", "mini-qwen2", *settings]
         command += ["--controllers", "constant,pid", "--lr-multipliers", "1", "--seeds", "3", "--workers", "2"]
         command += ["--out", str(tmp_path / "out"), *arguments]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         started.append(process)
         return process
 
     yield start
     for process in started:
-        if process.poll() is None:
-            process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -243,12 +258,20 @@ def first_run_finished(process: subprocess.Popen, folder: Path) -> list[psutil.P
     return [p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
 
 
-def test_a_killed_grid_leaves_no_orphan_and_resumes(grid, recipe, tmp_path, in_process):
+@pytest.mark.parametrize("kill", ["SIGKILL", pytest.param("Ctrl-C", marks=pytest.mark.slow)])
+def test_a_killed_grid_leaves_no_orphan_and_resumes(kill, grid, recipe, tmp_path, in_process):
     folder = tmp_path / "out"
     process = grid()
     workers = first_run_finished(process, folder)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    if kill == "SIGKILL":
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=30)
+        assert (process.returncode, stdout) == (130, "")
+        assert stderr.splitlines()[-1].startswith("lbw-rl: interrupted; the same command with --resume")
+        assert "Traceback" not in stderr
     assert len(workers) == 2
     assert psutil.wait_procs(workers, timeout=20)[1] == []  # an orphan would write where the resumed grid writes
     finished = summaries(folder)
@@ -299,5 +322,7 @@ def test_ray_finds_what_local_processes_find(recipe, tmp_path):
 
 def test_ray_that_is_not_installed(recipe, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"^backend: 'ray' needs the package ray; accepted: pip install 'lbw-rl\[ray\]'"):
+    with pytest.raises(
+        ValueError, match=r"^backend: 'ray' needs the package ray; accepted: pip install 'lbw-rl\[ray\]'"
+    ):
         compare(recipe, [PLAIN], [1.0], 1, tmp_path, backend="ray")

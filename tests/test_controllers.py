@@ -510,6 +510,9 @@ def test_unfamiliar_telemetry_is_counted_and_hands_over_to_the_rule(tmp_path):
     assert [policy.act(strange).regime for _ in range(5)] == ["learned-unfamiliar"] * 5
     assert [policy.act(familiar).regime for _ in range(5)] == ["learned"] * 5  # 5 of 10: not past the rate
     assert policy.summary() == {"unfamiliar_decisions": 5, "fallback_active": False}
+    state = json.loads(json.dumps(policy.state_dict(), allow_nan=False))
+    policy = FrozenPolicy(folder)
+    policy.load_state_dict(state)  # a resumed run does not start to count anew
     for _ in range(6):
         policy.act(strange)
     assert policy.summary() == {"unfamiliar_decisions": 11, "fallback_active": True}

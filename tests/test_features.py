@@ -150,15 +150,14 @@ def test_the_tracker_keeps_no_hold_on_the_callers_arrays():
     assert np.array_equal(first, kept)
 
 
-def test_state_round_trip():
-    rng = np.random.default_rng(5)
-    original, restored = FeatureTracker(2, 100), FeatureTracker(2, 100)
-    original({})
-    for _ in range(5):
-        original(typical(rng, 2))
+@given(SEQUENCES, SEQUENCES)
+def test_state_round_trip(before, after):
+    original, restored = FeatureTracker(RUNS, 100), FeatureTracker(RUNS, 100)
+    for signals in before:
+        original(signals)
     restored.load_state_dict(json.loads(json.dumps(original.state_dict(), allow_nan=False)))
-    for _ in range(5):
-        signals = typical(rng, 2)
+    assert restored.state_dict() == original.state_dict()
+    for signals in after:
         assert np.array_equal(restored(signals), original(signals))
 
 

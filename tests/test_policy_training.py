@@ -235,6 +235,6 @@ def test_learns_to_govern_the_whole_task_distribution(tmp_path: Path) -> None:
         return result.actor((observations - result.mean) / result.std)
 
     learned = evaluate_actor(act, 64).summary()
-    assert learned["gain"] > 0.2
+    assert learned["gain"] > 0.15
     assert learned["gain"] > evaluate_actor(uniform(0), 64).summary()["gain"] + 0.5
     assert learned["diverged"] < 0.05

@@ -353,7 +353,9 @@ def test_a_bad_mode_or_controller_leaves_nothing_behind(recipe, tmp_path):
     out = tmp_path / "out"
     assert refusal(recipe(), out, mode="sideways") == "mode: 'sideways' is unknown; accepted: govern, shadow, off"
     assert refusal(recipe("controller.name=nobody"), out).startswith("controller: unknown name 'nobody'; accepted: ")
-    assert refusal(recipe("controller.name=pid", "controller.options.kp=-1"), out) == "pid.kp: -1 must be >= 0 and finite"
+    assert (
+        refusal(recipe("controller.name=pid", "controller.options.kp=-1"), out) == "pid.kp: -1 must be >= 0 and finite"
+    )
     assert "controller.options" in refusal(recipe("controller.name=pid", "controller.options.nope=1"), out)
     assert not out.exists()
 

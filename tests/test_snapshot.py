@@ -60,6 +60,19 @@ def test_the_optimizer_keeps_its_own_tensors(make_mlp):
     assert all(a is b for a, b in zip(tensors, (v for s in optimizer.state.values() for v in s.values()), strict=True))
 
 
+def test_what_the_optimizer_took_up_since_is_dropped(make_mlp):
+    model = make_mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    snapshot = Snapshot(optimizer, byte_budget=1 << 20)
+    snapshot.take(1)
+    before = owned(model, optimizer)
+    for state in optimizer.state.values():
+        state["restarts"] = 3
+    snapshot.restore()
+    assert_equal(owned(model, optimizer), before)
+
+
 def test_a_state_over_budget_is_not_copied(make_mlp):
     model = make_mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -9,14 +10,15 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, Protocol
@@ -202,7 +204,7 @@ def _result(future: Future[dict[str, Any]]) -> dict[str, Any]:
         raise
 
 
-@contextmanager
+@contextlib.contextmanager
 def _executor(backend: Backend, workers: int) -> Iterator[Callable[..., Future[Any]]]:
     if backend == "ray":
         with _ray_submit() as submit:
@@ -210,28 +212,33 @@ def _executor(backend: Backend, workers: int) -> Iterator[Callable[..., Future[A
         return
     # spawn: a forked torch may hang on the thread pools of its parent
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+    ours, theirs = context.Pipe()
+    with ours, theirs, ProcessPoolExecutor(workers, context, _start_worker, (theirs,)) as pool:
         try:
             yield pool.submit
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            ours.close()
             raise
 
 
-def _start_worker() -> None:
+def _start_worker(parent: Connection) -> None:
     torch.set_num_threads(1)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _die_with_parent() -> None:
-    """Ends an orphan: were it to go on, it would write into the folders of the grid that resumes."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+def _end_with(parent: Connection) -> None:
+    """Ends this worker once its parent has closed the pipe, or was killed.
+
+    A worker that went on would write into the folders of the grid that resumes.
+    """
+    with contextlib.suppress(EOFError, OSError):
+        parent.recv_bytes()
     os._exit(1)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _ray_submit() -> Iterator[Callable[..., Future[Any]]]:
     try:
         import ray

@@ -35,11 +35,11 @@ class Budget:
     seeds: int
     multipliers: tuple[float, ...] = (1 / 30, 1.0, 30.0)
     settings: tuple[str, ...] = ()
-    proxies: int = 128
+    proxies: int = 32
 
 
 BUDGETS = {
-    "quick": Budget(decisions=60_000, seeds=2),
+    "quick": Budget(decisions=80_000, seeds=2),
     "full": Budget(decisions=400_000, seeds=5, multipliers=(1 / 30, 1 / 10, 1 / 3, 1.0, 3.0, 10.0, 30.0)),
 }
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lbw_rl.envs.proxy_training import ProxyTrainingVectorEnv
@@ -54,7 +55,17 @@ def evaluate_actor(act: Act, proxies: int = 128, *, seed: int = EVALUATION_SEED,
         seed: of the first proxy.
         environment: further arguments of `ProxyTrainingVectorEnv`.
     """
-    env = ProxyTrainingVectorEnv(proxies, **environment)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on busy cores, kernels this small wait longer for a second thread than they run
+    try:
+        return _episodes(act, ProxyTrainingVectorEnv(proxies, **environment), seed)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _episodes(act: Act, env: ProxyTrainingVectorEnv, seed: int) -> Evaluation:
+    """One episode of every run of `env`."""
+    proxies = env.num_envs
     observations, _ = env.reset(seed=seed)
     result = Evaluation(np.zeros(proxies), np.zeros(proxies), np.zeros(proxies, dtype=bool))
     running = np.ones(proxies, dtype=bool)

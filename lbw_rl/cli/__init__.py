@@ -31,10 +31,10 @@ def main() -> None:
         code = fail("a worker process died (killed, or out of memory); --resume keeps what is finished", code=1)
     except ModuleNotFoundError as e:
         extra = extra_of(e.name)
-        if not _ours(e) and extra is None:
+        if extra is None:
             raise
-        advice = f"{e.name} is not installed; accepted: pip install 'lbw-rl[{extra}]'"
-        code = fail(str(e) if _ours(e) else advice)
+        advice = f"{str(e.name).partition('.')[0]} is not installed; accepted: pip install 'lbw-rl[{extra}]'"
+        code = fail(str(e) if "pip install" in str(e) else advice)  # some say what it is needed for
     except ValueError as e:
         if not _ours(e):
             raise

@@ -150,6 +150,7 @@ def compare(
     import sys
 
     from lbw_rl.envs.recipe import load_recipe, override
+
     if backend not in ("local", "ray"):
         raise ValueError(f"backend: {backend!r} is unknown; accepted: local, ray")
     chosen = override(load_recipe(recipe), settings or [])

@@ -1,6 +1,6 @@
 """The learning-rate sweep that `lbw_rl.envs.tasks.TUNED_LR` comes from.
 
-`python -m lbw_rl.training_runs.benchmarks.proxy_lr` repeats it (about a minute on two cores). It also shows the
+`python -m lbw_rl.training_runs.benchmarks.proxy_lr` repeats it (several minutes of one core). It also shows the
 displacement of the runs, update_ratio · sqrt(steps), by which proxies and large runs are compared.
 """
 
