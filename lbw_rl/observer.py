@@ -50,7 +50,9 @@ class Observer:
         grad_norm, self.grad_norm = self.grad_norm, None
         self._explicit, self._from_model, self._steps, self._since = [], [], 0, now
         self._explicit_tokens = self._model_tokens = 0
-        loss = torch.stack([x.float().mean().to(losses[-1].device) for x in losses]).mean() if losses else None
+        loss = losses[0].float().mean() if len(losses) == 1 else None
+        if len(losses) > 1:
+            loss = torch.stack([x.float().mean().to(losses[-1].device) for x in losses]).mean()
         return loss, grad_norm, clock
 
     def state_dict(self) -> dict[str, Any]:

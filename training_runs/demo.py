@@ -39,7 +39,7 @@ class Budget:
 
 
 BUDGETS = {
-    "quick": Budget(decisions=80_000, seeds=2),
+    "quick": Budget(decisions=150_000, seeds=3),
     "full": Budget(decisions=400_000, seeds=5, multipliers=(1 / 30, 1 / 10, 1 / 3, 1.0, 3.0, 10.0, 30.0)),
 }
 
