@@ -67,8 +67,11 @@ def regime_styles(regimes: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def multiplier_label(multiplier: float) -> str:
-    """`0.03×`, `1×`, `30×`."""
-    return f"{multiplier:g}×"
+    """`1/30×`, `1×`, `30×`: whole divisors as fractions, anything else with up to four digits."""
+    divisor = 1.0 / multiplier
+    if divisor > 1.5 and abs(divisor - round(divisor)) < 1e-3 * divisor:
+        return f"1/{round(divisor)}×"
+    return f"{multiplier:.4g}×"
 
 
 def sensitivity_panel(
