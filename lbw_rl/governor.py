@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 import weakref
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -19,14 +17,12 @@ from lbw_rl.actuator import Actuator
 from lbw_rl.authority import Authority, Enforcer, Ruling
 from lbw_rl.controller import Context, Controller
 from lbw_rl.device import DeviceSource
-from lbw_rl.ledger import LEDGER_SCHEMA, Ledger
 from lbw_rl.observer import Observer
 from lbw_rl.probe import Probe
+from lbw_rl.recorder import Recorder, brief, unbrief
 from lbw_rl.registry import load_controller
 from lbw_rl.signals import NAN, Telemetry
 from lbw_rl.snapshot import Snapshot
-
-log = logging.getLogger("lbw_rl")
 
 Mode = Literal["govern", "shadow", "off"]
 
@@ -102,9 +98,6 @@ class Governor:
         self._held = NEUTRAL  # what every step of the present window executes
         self.executed = NEUTRAL
         self._enforcer = Enforcer(self.authority)
-        self._counts: Counter[str] = Counter()
-        self._regimes: Counter[str] = Counter()
-        self._faults: Counter[str] = Counter()
         self._overhead = 0.0
         self._probe = Probe(optimizer)
         self._actuator = Actuator(optimizer)
@@ -113,11 +106,10 @@ class Governor:
         self._snapshot = (
             Snapshot(optimizer, snapshot_bytes) if self.authority.max_rollbacks and mode == "govern" else None
         )
-        self._ledger: Ledger | None = None
+        self._recorder = Recorder(ledger if mode != "off" else None, self._header())
         self._stepping: FrameType | None = None  # the optimizer's step that is under way
         self._handles: list[Any] = []
         if mode != "off":
-            self._open_ledger(ledger)
             self._handles = [
                 optimizer.register_step_pre_hook(self._before),
                 optimizer.register_step_post_hook(self._after),
@@ -202,11 +194,13 @@ class Governor:
                 self._fault("controller", e)
         ruling = self.last_ruling = self._enforcer.rule(proposed, fault, restorable=self._can_roll_back())
         action = ruling.action
-        self._count(action)
+        self._recorder.count(action)
         if self.mode == "shadow":
-            self._record(telemetry, proposed, NEUTRAL, (*ruling.reasons, "shadow mode"), would=action)
+            self._recorder.write(
+                self.step, telemetry, proposed, NEUTRAL, (*ruling.reasons, "shadow mode"), would=action
+            )
             return NEUTRAL
-        self._record(telemetry, proposed, action, ruling.reasons)
+        self._recorder.write(self.step, telemetry, proposed, action, ruling.reasons)
         self._keep_last_good(telemetry, action)
         # A skip is for this step only; the scales hold for the whole window.
         self._held = Action(lr_scale=action.lr_scale, momentum_scale=action.momentum_scale)
@@ -261,6 +255,16 @@ class Governor:
                 self._fault("device", e)
         return Telemetry(**values)
 
+    def _header(self) -> dict[str, Any]:
+        """What a replay has to know about the run."""
+        context = {
+            "total_steps": self.context.total_steps,
+            "decide_every": self.context.decide_every,
+            "authority": self.authority.model_dump(),
+            "seed": self.context.seed,
+        }
+        return {"controller": self.controller.name, "mode": self.mode, "context": context}
+
     def _keep_last_good(self, telemetry: Telemetry, action: Action) -> None:
         snapshot = self._snapshot
         if snapshot is None or telemetry.nonfinite or action.directive is not Directive.PROCEED:
@@ -273,78 +277,8 @@ class Governor:
             )
             self._snapshot = None
 
-    # --- records -----------------------------------------------------------------------------------------
-
-    def _count(self, action: Action) -> None:
-        self._counts["decisions"] += 1
-        self._regimes[action.regime] += 1
-        if action.directive is Directive.SKIP:
-            self._counts["skips"] += 1
-        elif action.directive is Directive.ROLLBACK:
-            self._counts["rollbacks"] += 1
-        if action.directive is not Directive.PROCEED or action.lr_scale != 1.0 or action.momentum_scale != 1.0:
-            self._counts["interventions"] += 1
-
-    def _open_ledger(self, path: str | Path | None) -> None:
-        if path is None:
-            return
-        try:
-            self._ledger = Ledger(path)
-            if Path(path).stat().st_size == 0:
-                context = {
-                    "total_steps": self.context.total_steps,
-                    "decide_every": self.context.decide_every,
-                    "authority": self.authority.model_dump(),
-                    "seed": self.context.seed,
-                }
-                self._ledger.write(
-                    "header",
-                    {
-                        "schema": LEDGER_SCHEMA,
-                        "controller": self.controller.name,
-                        "mode": self.mode,
-                        "context": context,
-                    },
-                )
-        except OSError as e:
-            self._fault("ledger", e)
-
-    def _record(
-        self,
-        telemetry: Telemetry,
-        proposed: Any,
-        executed: Action,
-        reasons: tuple[str, ...],
-        would: Action | None = None,
-    ) -> None:
-        if self._ledger is None:
-            return
-        try:
-            record = {
-                "step": self.step,
-                "telemetry": telemetry.as_dict(),
-                "proposed": _brief(proposed),
-                "executed": _brief(executed),
-                "regime": (would or executed).regime,
-                "evidence": dict((would or executed).evidence),
-                "reasons": list(reasons),
-            }
-            if would is not None:
-                record["would_execute"] = _brief(would)
-            self._ledger.write("decision", record)
-        except Exception as e:  # a full disk, or evidence that is no JSON
-            self._fault("ledger", e)
-
     def _fault(self, where: str, error: Exception) -> None:
-        self._faults[where] += 1
-        if self._faults[where] == 1:
-            log.warning(
-                "governance fault in %s at step %d, the run goes on: %s: %s",
-                where,
-                self.step,
-                type(error).__name__,
-                error,
-            )
+        self._recorder.fault(where, error, self.step)
 
     # --- state -------------------------------------------------------------------------------------------
 
@@ -362,14 +296,11 @@ class Governor:
             self._fault("controller", e)
             own = {}
         return {
-            "decisions": self._counts["decisions"],
-            "interventions": self._counts["interventions"],
-            "skips": self._counts["skips"],
-            "rollbacks": self._counts["rollbacks"],
+            **{key: self._recorder.counts[key] for key in ("decisions", "interventions", "skips", "rollbacks")},
             "suspended": self._enforcer.suspended,
-            "faults": dict(self._faults),
+            "faults": dict(self._recorder.faults),
             "overhead_seconds": self._overhead,
-            "regimes": dict(self._regimes),
+            "regimes": dict(self._recorder.regimes),
             "controller": own,
         }
 
@@ -381,11 +312,9 @@ class Governor:
             "enforcer": self._enforcer.state_dict(),
             "probe": self._probe.state_dict(),
             "observer": self._observer.state_dict(),
-            "held": _brief(self._held),
-            "executed": _brief(self.executed),
-            "counts": dict(self._counts),
-            "regimes": dict(self._regimes),
-            "faults": dict(self._faults),
+            "held": brief(self._held),
+            "executed": brief(self.executed),
+            "recorder": self._recorder.state_dict(),
             "overhead_seconds": self._overhead,
             "snapshot": self._snapshot.state_dict() if self._snapshot is not None else None,
         }
@@ -397,15 +326,11 @@ class Governor:
         self._enforcer.load_state_dict(state["enforcer"])
         self._probe.load_state_dict(state["probe"])
         self._observer.load_state_dict(state["observer"])
-        self.executed = _unbrief(state["executed"])
+        self.executed = unbrief(state["executed"])
         # The state may come from a run with wider authority, or from one that was not in shadow mode.
-        held = self.authority.clip(_unbrief(state["held"]), self.executed.lr_scale)[0]
+        held = self.authority.clip(unbrief(state["held"]), self.executed.lr_scale)[0]
         self._held = held if self.mode == "govern" else NEUTRAL
-        self._counts, self._regimes, self._faults = (
-            Counter(state["counts"]),
-            Counter(state["regimes"]),
-            Counter(state["faults"]),
-        )
+        self._recorder.load_state_dict(state["recorder"])
         self._overhead = state["overhead_seconds"]
         if self._snapshot is not None and state["snapshot"] is not None:
             self._snapshot.load_state_dict(state["snapshot"])
@@ -421,12 +346,7 @@ class Governor:
         self._observer.close()
         if self._device is not None:
             self._device.close()
-        if self._ledger is not None:
-            try:
-                self._ledger.close()
-            except OSError as e:  # a line that the disk did not take is still in the buffer
-                self._fault("ledger", e)
-            self._ledger = None
+        self._recorder.close(self.step)
 
     def __enter__(self) -> Governor:
         return self
@@ -442,21 +362,3 @@ HEALTHY_REGIMES = frozenset({"steady", "calibrating", "annealing", "raising", "h
 def _scheduled_lr(optimizer: torch.optim.Optimizer) -> float:
     lr = optimizer.param_groups[0].get("lr", NAN)
     return float(lr)
-
-
-def _brief(action: Any) -> dict[str, Any] | None:
-    if not isinstance(action, Action):
-        return None
-    return {
-        "lr_scale": action.lr_scale,
-        "momentum_scale": action.momentum_scale,
-        "directive": str(action.directive),
-    }
-
-
-def _unbrief(record: Mapping[str, Any]) -> Action:
-    return Action(
-        lr_scale=record["lr_scale"],
-        momentum_scale=record["momentum_scale"],
-        directive=Directive(record["directive"]),
-    )
