@@ -21,6 +21,7 @@ class Constant(Controller):
     """
 
     name = "constant"
+    time_limit = None
 
     def __init__(self, lr_scale: float = 1.0, momentum_scale: float = 1.0) -> None:
         for name, value in (("lr_scale", lr_scale), ("momentum_scale", momentum_scale)):

@@ -39,6 +39,7 @@ class EntroPIC(Controller):
     """
 
     name = "entropic"
+    time_limit = None
 
     def __init__(
         self,

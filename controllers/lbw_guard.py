@@ -47,6 +47,7 @@ class LBWGuard(Controller):
     """
 
     name = "lbw-guard"
+    time_limit = None
 
     def __init__(self, displacement: float = DISPLACEMENT, half_life: float = 2.0, damage: float = 1.0) -> None:
         for name, value in (("displacement", displacement), ("half_life", half_life), ("damage", damage)):

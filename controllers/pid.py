@@ -33,6 +33,7 @@ class PID(Controller):
     """
 
     name = "pid"
+    time_limit = None
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class FrozenPolicy(Controller):
     """
 
     name = "ppo"
+    time_limit = None
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = Path(folder) if folder is not None else newest_pretrained()

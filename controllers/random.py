@@ -15,6 +15,7 @@ class RandomActions(Controller):
     """Draws both scales log-uniformly from the authority at every decision, reproducibly from the run's seed."""
 
     name = "random"
+    time_limit = None
 
     def __init__(self) -> None:
         self._context = Context()

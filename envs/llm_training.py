@@ -16,7 +16,7 @@ from lbw_rl.authority import Authority
 from lbw_rl.controller import Context, Controller
 from lbw_rl.envs.held_out_gain import DivergenceWatch, HeldOutGain
 from lbw_rl.envs.interface import DEFAULT_AUTHORITY, action_space, command, observation_space
-from lbw_rl.envs.random_state import capture_random_state, restore_random_state
+from lbw_rl.random_state import capture_random_state, restore_random_state
 from lbw_rl.envs.recipe import Recipe, load_recipe
 from lbw_rl.envs.task import TrainingTask
 from lbw_rl.features import FeatureTracker
@@ -186,6 +186,7 @@ class _Commanded(Controller):
     """Proposes what it was told."""
 
     name = "commanded"
+    time_limit = None
 
     def __init__(self) -> None:
         self.action = NEUTRAL
@@ -199,28 +200,12 @@ class _Commanded(Controller):
         return self.action
 
 
-class _MeasuringGovernor(Governor):
-    """A governor that shows the signals of the step at hand before it decides on it, as an agent needs them."""
-
-    _ahead: Telemetry | None = None
-
-    def measure(self) -> Telemetry:
-        """The telemetry of the decision to come; what the decision then uses."""
-        if self._ahead is None:
-            self._ahead = super()._telemetry()
-        return self._ahead
-
-    def _telemetry(self) -> Telemetry:
-        telemetry, self._ahead = self.measure(), None
-        return telemetry
-
-
 class _GovernedRun:
     """A task under a governor, always with the gradient of the step at hand in place."""
 
     def __init__(self, recipe: Recipe, controller: Controller, authority: Authority, decide_every: int) -> None:
         self.task = TrainingTask(recipe)
-        self.governor = _MeasuringGovernor(
+        self.governor = Governor(
             self.task.optimizer,
             controller,
             authority=authority,

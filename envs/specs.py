@@ -162,6 +162,11 @@ class TrainSpec(_Spec):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where to train; auto: cuda where there is one"
     )
+    measure_device: bool = Field(
+        default=True,
+        description="whether the governor reads clock and device; false: those signals are missing, and two runs of "
+        "the recipe leave the same ledger",
+    )
 
 
 class ControllerSpec(_Spec):

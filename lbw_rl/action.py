@@ -22,6 +22,8 @@ class Action:
 
     Attributes:
         lr_scale: multiple of the *scheduled* learning rate; 1 leaves it alone. Never compounds.
+        group_lr_scales: further multiples, one per parameter group in the optimizer's order; empty leaves the groups'
+            rates in the proportions that they have.
         momentum_scale: multiple of the momentum's averaging horizon 1/(1−β); 1 leaves it alone.
         directive: proceed, skip this update, or roll back to the last good snapshot.
         regime: the controller's name for the state that it sees.
@@ -29,6 +31,7 @@ class Action:
     """
 
     lr_scale: float = 1.0
+    group_lr_scales: tuple[float, ...] = ()
     momentum_scale: float = 1.0
     directive: Directive = Directive.PROCEED
     regime: str = "steady"

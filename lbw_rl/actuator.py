@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Actuator:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self._saved: list[tuple[dict[str, Any], str, Any]] = []
+        self._in_place: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._withheld: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
     def apply(self, action: Action) -> None:
@@ -45,33 +47,41 @@ class Actuator:
         if action.directive is not Directive.PROCEED:
             self._withhold()
             return
-        for group in self.optimizer.param_groups:
-            if action.lr_scale != 1.0:
-                self._scale_lr(group, action.lr_scale)
-            if action.momentum_scale != 1.0:
+        groups = self.optimizer.param_groups
+        scales = [action.lr_scale * extra for extra in action.group_lr_scales or (1.0,) * len(groups)]
+        self._scale_rates(list(zip(groups, scales)))
+        if action.momentum_scale != 1.0:
+            for group in groups:
                 self._scale_momentum(group, action.momentum_scale)
 
     def restore(self) -> None:
         """Puts back what `apply` changed; does nothing if nothing is changed."""
         for group, key, value in self._saved:
-            if isinstance(group[key], torch.Tensor) and isinstance(value, torch.Tensor):
-                group[key].copy_(value)
-            else:
-                group[key] = value
+            group[key] = value
         self._saved.clear()
+        for tensor, value in self._in_place:
+            tensor.copy_(value)
+        self._in_place.clear()
         for parameter, gradient in self._withheld:
             if parameter.grad is None:  # else a backward pass came in between: the newer gradient stands
                 parameter.grad = gradient
         self._withheld.clear()
 
-    def _scale_lr(self, group: dict[str, Any], scale: float) -> None:
-        lr = group["lr"]
-        if isinstance(lr, torch.Tensor):
-            self._saved.append((group, "lr", lr.clone()))
-            lr.mul_(scale)
-        else:
-            self._saved.append((group, "lr", lr))
-            group["lr"] = lr * scale
+    def _scale_rates(self, scaled: list[tuple[dict[str, Any], float]]) -> None:
+        wanted: dict[int, set[float]] = {}  # torch hands a default rate to all groups as one and the same tensor
+        for group, scale in scaled:
+            wanted.setdefault(id(group.get("lr")), set()).add(scale)
+        done: set[int] = set()
+        for group, scale in scaled:
+            lr = group.get("lr")
+            if isinstance(lr, torch.Tensor) and len(wanted[id(lr)]) == 1:
+                if scale != 1.0 and id(lr) not in done:
+                    done.add(id(lr))
+                    self._in_place.append((lr, lr.clone()))
+                    lr.mul_(scale)
+            elif scale != 1.0:
+                self._saved.append((group, "lr", lr))
+                group["lr"] = lr * scale
 
     def _scale_momentum(self, group: dict[str, Any], scale: float) -> None:
         if "betas" in group:
@@ -80,7 +90,8 @@ class Actuator:
             group["betas"] = (scaled_decay(float(first), scale), *rest)
         elif group.get("momentum"):
             self._saved.append((group, "momentum", group["momentum"]))
-            group["momentum"] = scaled_decay(float(group["momentum"]), scale)
+            # At exactly 0 RMSprop makes no buffer, which it misses at the next step, and SGD lets its own go stale.
+            group["momentum"] = max(scaled_decay(float(group["momentum"]), scale), sys.float_info.min)
 
     def _withhold(self) -> None:
         for group in self.optimizer.param_groups:

@@ -1,16 +1,13 @@
-"""Declared bounds on what governance may do, and the enforcement that no controller can get around."""
+"""Declared bounds on what governance may do."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from numbers import Real
-from typing import Any
+from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from lbw_rl.action import NEUTRAL, Action, Directive
+from lbw_rl.action import Action
 
 
 class Authority(BaseModel):
@@ -86,157 +83,3 @@ def _clip(value: float, bounds: tuple[float, float], name: str, reasons: list[st
     if clipped != value:
         reasons.append(f"{name} {value:.4g} outside [{bounds[0]:g}, {bounds[1]:g}]")
     return clipped
-
-
-@dataclass(frozen=True, slots=True)
-class Ruling:
-    """What the authority made of a proposal: the action to execute and why it differs."""
-
-    action: Action
-    reasons: tuple[str, ...] = ()
-
-
-class Enforcer:
-    """The authority in force over one run: bounds plus the budgets that need a memory.
-
-    Every proposal passes through `rule`; what comes out lies within the authority whatever went in.
-    """
-
-    def __init__(self, authority: Authority) -> None:
-        self.authority = authority
-        self.lr_scale = 1.0
-        self.decisions = 0
-        self.faults = 0
-        self.rollbacks = 0
-        self._last_rollback: int | None = None
-        self._skips: list[int] = []
-
-    @property
-    def suspended(self) -> bool:
-        """Whether the controller has lost its authority for good (fail-open)."""
-        return self.faults >= self.authority.suspend_after
-
-    def rule(self, proposed: Action | None, fault: str | None = None, *, restorable: bool = True) -> Ruling:
-        """Rules on one proposal.
-
-        Args:
-            proposed: the controller's action; anything that is not a well-formed finite `Action` is a fault.
-            fault: the text of the exception if the controller raised one.
-            restorable: whether there is a last good state to roll back to.
-
-        Returns:
-            The executed action. A fault, and every decision after suspension, becomes the neutral action.
-        """
-        self.decisions += 1
-        if self.suspended:
-            return self._fail_open("suspended", ["controller suspended"])
-        fault = fault or _malformed(proposed)
-        if fault or proposed is None:
-            self.faults += 1
-            reasons = [f"controller fault: {fault}"]
-            if self.suspended:
-                reasons.append(f"suspended after {self.faults} faults")
-            return self._fail_open("fault", reasons)
-        action, reasons = self.authority.clip(_plain(proposed), self.lr_scale)
-        if action.directive is Directive.ROLLBACK and (denied := self._rollback_denied(restorable)):
-            action = replace(action, directive=Directive.PROCEED)
-            reasons.append(denied)
-        if action.directive is Directive.SKIP and (denied := self._skip_denied()):
-            action = replace(action, directive=Directive.PROCEED)
-            reasons.append(denied)
-        if action.directive is not Directive.PROCEED and action.lr_scale > self.lr_scale:
-            # A step that does not happen executes no scale: it is no rung to climb past the slew limit on.
-            action = replace(action, lr_scale=self.lr_scale)
-            reasons.append(f"lr_scale held to {self.lr_scale:.4g}: no update is executed")
-        return self._settle(action, reasons)
-
-    def let_go(self, executed: float) -> Action:
-        """The neutral action within the slew limit, for a step whose own ruling could not be executed.
-
-        Args:
-            executed: the learning-rate scale executed last.
-        """
-        self.lr_scale = executed
-        return self._fail_open("fault", []).action
-
-    def _fail_open(self, regime: str, reasons: list[str]) -> Ruling:
-        # Letting go obeys the slew limit too: a jump from a deep cut to the full rate would be a spike of our making.
-        action, held = self.authority.clip(NEUTRAL, self.lr_scale)
-        return self._settle(replace(action, regime=regime), reasons + held)
-
-    def _settle(self, action: Action, reasons: list[str]) -> Ruling:
-        self.lr_scale = action.lr_scale
-        if action.directive is Directive.SKIP:
-            self._skips.append(self.decisions)
-        elif action.directive is Directive.ROLLBACK:
-            self.rollbacks += 1
-            self._last_rollback = self.decisions
-        return Ruling(action, tuple(reasons))
-
-    def _skip_denied(self) -> str | None:
-        since = self.decisions - self.authority.skip_window
-        self._skips = [d for d in self._skips if d > since]
-        if len(self._skips) < self.authority.max_skips:
-            return None
-        return f"skip denied: {len(self._skips)} in the last {self.authority.skip_window} decisions, {self.authority.max_skips} allowed"
-
-    def _rollback_denied(self, restorable: bool) -> str | None:
-        a = self.authority
-        if self.rollbacks >= a.max_rollbacks:
-            return f"rollback denied: {self.rollbacks} done, {a.max_rollbacks} allowed"
-        if self._last_rollback is not None and self.decisions - self._last_rollback < a.rollback_cooldown:
-            return f"rollback denied: cooling down for {a.rollback_cooldown} decisions after the last one"
-        return None if restorable else "rollback denied: no good state has been kept"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Counters and budgets, as JSON data."""
-        return {
-            "lr_scale": self.lr_scale,
-            "decisions": self.decisions,
-            "faults": self.faults,
-            "rollbacks": self.rollbacks,
-            "last_rollback": self._last_rollback,
-            "skips": list(self._skips),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`'s counters and budgets."""
-        self.lr_scale = state["lr_scale"]
-        self.decisions = state["decisions"]
-        self.faults = state["faults"]
-        self.rollbacks = state["rollbacks"]
-        self._last_rollback = state["last_rollback"]
-        self._skips = list(state["skips"])
-
-
-def _malformed(proposed: object) -> str | None:
-    """Why `proposed` is no executable action, or None."""
-    if not isinstance(proposed, Action):
-        return f"act returned {type(proposed).__name__}, not an Action"
-    for name in ("lr_scale", "momentum_scale"):
-        value = getattr(proposed, name)
-        if not _is_scale(value):
-            return f"{name} is {value!r}, not a finite number >= 0"
-    if not isinstance(proposed.directive, Directive):
-        return f"directive is {proposed.directive!r}, not a Directive"
-    if not isinstance(proposed.regime, str):
-        return f"regime is {proposed.regime!r}, not a str"
-    if not isinstance(proposed.evidence, Mapping):
-        return f"evidence is {proposed.evidence!r}, not a mapping"
-    return None
-
-
-def _is_scale(value: object) -> bool:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return False
-    try:
-        return 0 <= float(value) < math.inf
-    except OverflowError:  # an int or a fraction past every float
-        return False
-
-
-def _plain(action: Action) -> Action:
-    """The same action with Python floats: a numpy float32 would round the rate that it multiplies."""
-    if type(action.lr_scale) is float and type(action.momentum_scale) is float:
-        return action
-    return replace(action, lr_scale=float(action.lr_scale), momentum_scale=float(action.momentum_scale))

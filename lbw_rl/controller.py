@@ -21,12 +21,14 @@ class Context:
         decide_every: optimizer steps per decision.
         authority: the bounds its actions will be held to.
         seed: for controllers that draw random numbers.
+        groups: names of the optimizer's parameter groups, in the order of `Action.group_lr_scales`.
     """
 
     total_steps: int | None = None
     decide_every: int = 1
     authority: Authority = field(default_factory=Authority)
     seed: int = 0
+    groups: tuple[str, ...] = ()
 
 
 class Controller(ABC):
@@ -40,6 +42,9 @@ class Controller(ABC):
     name: str = "controller"
     decide_every: int | None = None
     """Optimizer steps per decision that the controller was built for; `None` leaves it to the governor."""
+    time_limit: float | None = 5.0
+    """Seconds that the run waits for `act` before it counts as a fault. `None`, for arithmetic that cannot hang, spares
+    the hand-over to another thread."""
 
     @abstractmethod
     def reset(self, context: Context) -> None:
@@ -55,6 +60,9 @@ class Controller(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  (a stateless controller has nothing to load)
         """Restores what `state_dict` returned; the next `act` is as if nothing had happened between."""
+
+    def rolled_back(self) -> None:  # noqa: B027  (most need do nothing)
+        """Told after its own state and the run's have been put back to the last good ones: the trouble lies ahead."""
 
     def summary(self) -> dict[str, Any]:
         """Counters worth reporting at the end of a run (for example out-of-distribution decisions)."""

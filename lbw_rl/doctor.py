@@ -15,6 +15,8 @@ from lbw_rl.device import DeviceSource
 from lbw_rl.extras import EXTRAS
 from lbw_rl.policy import PolicyError
 
+_DRIVER_SECONDS = 10  # a driver without persistence mode takes seconds for each GPU that it wakes
+
 
 def examine() -> dict[str, Any]:
     """Finding → value; everything is looked up, nothing is assumed."""
@@ -26,7 +28,7 @@ def examine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
-        "nvml": "answers" if source.has_gpu else "no NVIDIA driver: GPU signals are missing (NaN)",
+        "nvml": _gpus(source),
         "policy": _shipped_policy(),
         "links": "ok" if all(find_spec(f"lbw_rl.{p}") for p in ("envs", "controllers", "training_runs")) else "broken",
     }
@@ -34,6 +36,12 @@ def examine() -> dict[str, Any]:
     for extra, packages in EXTRAS.items():
         findings[f"extra {extra}"] = ", ".join(_package(p) for p in packages)
     return findings
+
+
+def _gpus(source: DeviceSource) -> str:
+    if not source.wait(_DRIVER_SECONDS):
+        return f"no answer in {_DRIVER_SECONDS} s: GPU signals are missing (NaN)"
+    return ", ".join(source.gpus) or "no NVIDIA driver or no visible GPU: GPU signals are missing (NaN)"
 
 
 def _package(name: str) -> str:

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, get_args
+from typing import Any
 
+import numpy as np
 import torch
 
 from lbw_rl.action import NEUTRAL, Action, Directive
 from lbw_rl.actuator import Actuator
-from lbw_rl.authority import Authority, Enforcer, Ruling
+from lbw_rl.authority import Authority
 from lbw_rl.controller import Context, Controller
-from lbw_rl.device import DeviceSource
-from lbw_rl.observer import Observer
-from lbw_rl.probe import Probe
+from lbw_rl.device_guard import DeviceGuard
+from lbw_rl.enforcer import Enforcer, Ruling
+from lbw_rl.exchange import PeerLostError, exchange_for
+from lbw_rl.measurement import Measured, Measurement
 from lbw_rl.recorder import Recorder, brief, unbrief
 from lbw_rl.registry import load_controller
 from lbw_rl.signals import NAN, Telemetry
-from lbw_rl.snapshot import Snapshot
+from lbw_rl.snapshot import Snapshot, Stateful
+from lbw_rl.stages import MODES, Mode, Switch, check_mode
+from lbw_rl.step_hooks import StepHooks
+from lbw_rl.time_limit import TimeLimit
 
-Mode = Literal["govern", "shadow", "off"]
+log = logging.getLogger("lbw_rl")
 
 # Two governors' restores would interleave and leave a scale in place for the scheduler to compound.
 _GOVERNED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+_NO_WISH = float(len(MODES))
 
 
 class Governor:
@@ -35,27 +41,40 @@ class Governor:
 
     Attaches through the optimizer's own step hooks, so the training loop keeps its calls. No fault of
     governance (controller, probe, ledger, device) reaches the loop: it is counted, logged once a kind, and the
-    step runs ungoverned.
+    step runs ungoverned. Under `torch.distributed` every rank builds its governor alike; all decide from the same
+    numbers, joined in one collective per decision.
 
     Args:
         optimizer: any `torch.optim.Optimizer`, already built.
         controller: a name (see `load_controller`), a `Controller`, or the folder of a frozen policy.
-        model: its output's `.loss` and the size of its `input_ids` are read when the caller does not `observe`.
+        model: its output's `.loss` and the size of its `input_ids` are read when the caller does not `observe`; its
+            buffers belong to snapshots. A compiled model is passed as `torch.compile` returned it.
         authority: bounds of what the controller may do.
         total_steps: optimizer steps planned; None if unknown.
-        mode: "govern"; "shadow" decides and logs but changes nothing; "off" does nothing at all.
-        ledger: file to append one JSON line per decision to.
+        mode: how much of the authority is in use: "govern" all of it; "lr" no rollbacks; "skip" skips only; "shadow"
+            decides and logs but changes nothing; "off" does nothing at all. See `set_mode`, `control`.
+        ledger: file to append one JSON line per decision to; with ranks, rank r > 0 writes `NAME.rank<r>.jsonl`.
         decide_every: optimizer steps per decision; a frozen policy brings its own.
         seed: for controllers that draw random numbers.
-        device_index: which GPU NVML reads.
-        snapshot_bytes: host memory for the last good state, used only where the authority allows rollbacks.
+        stateful: name → what a rollback puts back besides weights and optimizer: `{"scheduler": …, "scaler": …}`. The
+            scaler's factor is then a signal too.
+        snapshot_bytes: host memory for the last good state, used only where authority and mode allow rollbacks.
+        control: a file that may hold a mode; written while the run goes on, it changes the mode at the next decision.
+        kill_signal: for instance `signal.SIGUSR1`; at the next step the governor lets go for good and says so.
+        measure_device: whether clock and device are measured; without them, same seed, same ledger.
+        device_index: which GPU NVML reads, as CUDA counts them; None means 0.
+        late: whether a decision uses the values of the one before, so that nothing waits for the device, and poisoned
+            updates are withheld on the device; None: on accelerators only.
+        process_group: the ranks that train together; None: the default group, where there is one.
+        collective_timeout: seconds after which a silent rank counts as lost.
 
     Raises:
-        ValueError: an unknown mode or controller, `total_steps` or `decide_every` below 1, or an optimizer that
-            another governor still governs.
+        ValueError: an unknown mode or controller, `total_steps` or `decide_every` below 1, an optimizer that another
+            governor still governs, or ranks that were set up differently.
+        PeerLostError: from `optimizer.step()`: a rank is gone. Going on would let the ranks' weights drift apart.
 
     The learning rate seen by schedulers and loggers is always the scheduled one: the scale lives only inside
-    the step. A rollback restores weights and optimizer state; the data goes on, and the batch at hand is skipped.
+    the step. A rollback restores the last good state; the data goes on, and the batch at hand is skipped.
     """
 
     def __init__(
@@ -70,26 +89,32 @@ class Governor:
         ledger: str | Path | None = None,
         decide_every: int = 1,
         seed: int = 0,
-        device_index: int = 0,
+        stateful: Mapping[str, Stateful] | None = None,
         snapshot_bytes: int = 2 << 30,
+        control: str | Path | None = None,
+        kill_signal: int | None = None,
+        measure_device: bool = True,
+        device_index: int | None = None,
+        late: bool | None = None,
+        process_group: Any = None,
+        collective_timeout: float = 600.0,
     ) -> None:
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode: {mode!r} is unknown; accepted: {', '.join(get_args(Mode))}")
+        check_mode(mode)
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps: {total_steps} must be at least 1, or None if unknown")
         if decide_every < 1:
             raise ValueError(f"decide_every: {decide_every} must be at least 1")
-        if mode == "govern" and optimizer in _GOVERNED:
+        if mode not in ("off", "shadow") and optimizer in _GOVERNED:
             raise ValueError("optimizer: another governor governs it; accepted: close() that one first")
         self.optimizer = optimizer
         self.controller = load_controller(controller)
         self.authority = authority or Authority()
-        self.mode = mode
         self.context = Context(
             total_steps=total_steps,
             decide_every=self.controller.decide_every or decide_every,
             authority=self.authority,
             seed=seed,
+            groups=tuple(str(g.get("name", i)) for i, g in enumerate(optimizer.param_groups)),
         )
         self.controller.reset(self.context)
         self.step = 0
@@ -97,25 +122,59 @@ class Governor:
         self.last_ruling = Ruling(NEUTRAL)
         self._held = NEUTRAL  # what every step of the present window executes
         self.executed = NEUTRAL
-        self._enforcer = Enforcer(self.authority)
+        self._enforcer = Enforcer(self.authority, mode)
         self._overhead = 0.0
-        self._probe = Probe(optimizer)
         self._actuator = Actuator(optimizer)
-        self._observer = Observer(model if mode != "off" else None)
-        self._device = DeviceSource(device_index) if mode != "off" else None
-        self._snapshot = (
-            Snapshot(optimizer, snapshot_bytes) if self.authority.max_rollbacks and mode == "govern" else None
+        self._guard = DeviceGuard(optimizer)
+        limit = self.controller.time_limit
+        self._time_limit = TimeLimit(limit) if limit is not None else None
+        self._stateful = {"controller": self.controller, **(stateful or {})}
+        self._snapshot = Snapshot(optimizer, snapshot_bytes, model, self._stateful)
+        self._snapshot_fits = True
+        self._ahead: Measured | None = None
+        self._hooks: StepHooks | None = None
+        self._restorable = self._armed = False
+        exchange = exchange_for(process_group, collective_timeout) if mode != "off" else None
+        rank = exchange.rank if exchange is not None else 0
+        self._recorder = Recorder(_for_rank(ledger, rank) if mode != "off" else None, self._header())
+        self._measurement: Measurement | None = None
+        self._switch: Switch | None = None
+        if mode == "off":
+            return
+        if exchange is not None:
+            exchange.agree({**self._header(), "collective_timeout": collective_timeout})
+        first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+        self._measurement = Measurement(
+            optimizer,
+            model,
+            self._fault,
+            exchange=exchange,
+            late=late if late is not None else first is not None and first.device.type != "cpu",
+            device_index=device_index,
+            clock_and_device=measure_device,
+            scaler=self._stateful.get("scaler"),
         )
-        self._recorder = Recorder(ledger if mode != "off" else None, self._header())
-        self._stepping: FrameType | None = None  # the optimizer's step that is under way
-        self._handles: list[Any] = []
-        if mode != "off":
-            self._handles = [
-                optimizer.register_step_pre_hook(self._before),
-                optimizer.register_step_post_hook(self._after),
-            ]
-        if mode == "govern":
+        self._switch = Switch(control, kill_signal)
+        self._hooks = StepHooks(optimizer, self._begin, self._again, self._end)
+        if mode != "shadow":
             _GOVERNED.add(optimizer)
+
+    @property
+    def mode(self) -> Mode:
+        """How much of the authority is in use now."""
+        return self._enforcer.mode
+
+    def set_mode(self, mode: Mode) -> None:
+        """Asks for another mode, executed at the next decision; with ranks, by all of them together.
+
+        "off" is for good: the governor lets go and takes its hooks off.
+
+        Raises:
+            ValueError: an unknown mode.
+        """
+        check_mode(mode)
+        if self._switch is not None:
+            self._switch.ask(mode, "set_mode")
 
     def observe(
         self,
@@ -128,94 +187,147 @@ class Governor:
 
         Args:
             loss: this micro-batch's training loss (nats per token).
-            grad_norm: global gradient norm before clipping: what `clip_grad_norm_` returned. Without it the norm
-                is taken from the gradients that the optimizer gets.
+            grad_norm: global gradient norm before clipping: what `clip_grad_norm_` returned. Without it the norm is
+                taken from the call of `torch.nn.utils.clip_grad_norm_` itself, else from the gradients that the
+                optimizer gets.
             tokens: training tokens of this micro-batch; by default the size of the model's `input_ids`.
         """
-        if not self._handles:  # off, or closed
+        if self._measurement is None:  # off, or closed
             return
         start = time.perf_counter()
+        observer = self._measurement.observer
         if loss is not None:
-            self._observer.loss(loss)
+            observer.loss(loss)
         if grad_norm is not None:
-            self._observer.grad_norm = grad_norm.detach() if isinstance(grad_norm, torch.Tensor) else grad_norm
+            observer.grad_norm(grad_norm)
         if tokens is not None:
-            self._observer.tokens(tokens)
+            observer.tokens(tokens)
         self._overhead += time.perf_counter() - start
+
+    def measure(self) -> Telemetry:
+        """The telemetry of the decision to come, which then uses it: for an agent that has to see before it acts."""
+        if self._ahead is None:
+            self._ahead = self._take()
+        return self._ahead.telemetry
 
     # --- around the step ---------------------------------------------------------------------------------
 
-    def _before(self, *_: Any) -> None:
-        if self._within_step():
-            return
-        self._stepping = sys._getframe(1)
+    def _begin(self, closure_result: Any) -> None:
         start = time.perf_counter()
         try:
             self._actuator.restore()  # a step that raised never reached its post hook
-            action = self._decide() if self.step % self.context.decide_every == 0 else self._held
-            self._execute(action)
+            if self._measurement is not None:
+                self._measurement.observer.closure_loss(closure_result)
+            action = self._decide() if self.step % self.context.decide_every == 0 else self._between()
+            if self._measurement is not None:  # a decision may have switched governance off
+                self._execute(action)
+        except PeerLostError:
+            raise
         except Exception as e:  # fail-open: the step must run
             self._fault("governor", e)
             self._let_go()
         self._overhead += time.perf_counter() - start
 
-    def _after(self, *_: Any) -> None:
-        if sys._getframe(1) is not self._stepping:
-            return
-        self._stepping = None
+    def _again(self) -> None:
+        """A line search has brought new gradients: a withheld step withholds them too."""
+        if self.executed.directive is not Directive.PROCEED:
+            self._actuator.apply(self.executed)
+
+    def _end(self) -> None:
         start = time.perf_counter()
         try:
+            self._guard.disarm()
             self._actuator.restore()
-            self._probe.after_step()
+            if self._measurement is not None:
+                self._measurement.probe.after_step()
         except Exception as e:  # fail-open
             self._fault("probe", e)
-        self._observer.step_done()
+        if self._measurement is not None:
+            self._measurement.observer.step_done()
         self.step += 1
         self._overhead += time.perf_counter() - start
 
-    def _within_step(self) -> bool:
-        """Whether this hook runs inside the step at hand: a subclass whose `step` calls `super().step()` has two.
-
-        A step that raised never reached its post hook either; it is told apart by having left the stack.
-        """
-        frame: FrameType | None = sys._getframe(2) if self._stepping is not None else None
-        while frame is not None and frame is not self._stepping:
-            frame = frame.f_back
-        return frame is not None
-
     def _decide(self) -> Action:
-        telemetry = self.last_telemetry = self._telemetry()
+        measured, self._ahead = self._ahead or self._take(), None
+        telemetry = self.last_telemetry = measured.telemetry
+        self._settle_votes(measured)
+        if self.mode == "off":
+            return NEUTRAL
         proposed, fault = None, None
         if not self._enforcer.suspended:
             try:
-                proposed = self.controller.act(telemetry)
+                act = self.controller.act
+                proposed = act(telemetry) if self._time_limit is None else self._time_limit(act, telemetry)
             except Exception as e:  # a broken controller loses its say, not the run
                 fault = f"{type(e).__name__}: {e}"
                 self._fault("controller", e)
-        ruling = self.last_ruling = self._enforcer.rule(proposed, fault, restorable=self._can_roll_back())
+        ruling = self.last_ruling = self._enforcer.rule(
+            proposed,
+            fault,
+            restorable=self._restorable,
+            groups=len(self.optimizer.param_groups),
+            late=measured.late,
+        )
         action = ruling.action
+        if measured.late and telemetry.nonfinite == 1 and self._armed:
+            self._recorder.counts["skips"] += 1
+            self._enforcer.note_skip()
         self._recorder.count(action)
-        if self.mode == "shadow":
-            self._recorder.write(
-                self.step, telemetry, proposed, NEUTRAL, (*ruling.reasons, "shadow mode"), would=action
-            )
-            return NEUTRAL
-        self._recorder.write(self.step, telemetry, proposed, action, ruling.reasons)
-        self._keep_last_good(telemetry, action)
+        executed = NEUTRAL if self.mode == "shadow" else action
+        extra: dict[str, Any] = {"would_execute": brief(action)} if self.mode == "shadow" else {}
+        if len(measured.nonfinite_ranks) and self._measurement is not None and self._measurement.exchange is not None:
+            extra["nonfinite_ranks"] = list(measured.nonfinite_ranks)
+        if executed.directive is Directive.ROLLBACK:
+            extra["restored_step"] = self._snapshot.step
+            extra["lost_steps"] = [self._snapshot.step, self.step]  # their batches are spent, and not seen again
+        if self._armed and measured.late and telemetry.nonfinite == 1:
+            extra["withheld_on_device"] = True
+        reasons = (*ruling.reasons, *(("shadow mode",) if self.mode == "shadow" else ()))
+        self._recorder.write(self.step, telemetry, proposed, executed, action, reasons, extra)
+        self._keep_last_good(telemetry, executed)
         # A skip is for this step only; the scales hold for the whole window.
-        self._held = Action(lr_scale=action.lr_scale, momentum_scale=action.momentum_scale)
-        return action
+        self._held = Action(
+            lr_scale=executed.lr_scale,
+            group_lr_scales=executed.group_lr_scales,
+            momentum_scale=executed.momentum_scale,
+        )
+        return executed
+
+    def _between(self) -> Action:
+        """The action of a step between two decisions: that of the window, unless this step alone is poisoned."""
+        assert self._measurement is not None
+        if self.mode in ("shadow", "off") or not self._measurement.poisoned_now() or not self._enforcer.may_skip():
+            return self._held
+        self._enforcer.note_skip()
+        self._recorder.counts["skips"] += 1
+        self._recorder.event("skip", self.step, {"regime": "non-finite"})
+        return replace(self._held, directive=Directive.SKIP, regime="non-finite")
 
     def _execute(self, action: Action) -> None:
-        if action.directive is Directive.ROLLBACK and self._snapshot is not None:
-            self._snapshot.restore()
+        assert self._measurement is not None
+        if action.directive is Directive.ROLLBACK:
+            self._roll_back()
+        bad, self._measurement.bad = self._measurement.bad, None
+        self._armed = bad is not None and self.mode != "shadow" and self._enforcer.may_skip()
+        if bad is not None and self._armed:
+            self._guard.arm(bad)
         self._actuator.apply(action)
         self.executed = action
         if (self.step + 1) % self.context.decide_every == 0 and action.directive is Directive.PROCEED:
             try:
-                self._probe.before_step()
+                self._measurement.probe.before_step()
             except Exception as e:  # an update that cannot be measured is executed all the same
                 self._fault("probe", e)
+
+    def _roll_back(self) -> None:
+        try:
+            self._snapshot.restore()
+        except Exception as e:
+            self._fault("snapshot", e)
+        try:
+            self.controller.rolled_back()
+        except Exception as e:
+            self._fault("controller", e)
 
     def _let_go(self) -> None:
         """Executes the neutral action, within the slew limit; where even that fails, nothing."""
@@ -228,46 +340,75 @@ class Governor:
             self._actuator.restore()
             self.executed = NEUTRAL
 
-    def _can_roll_back(self) -> bool:
-        if self.mode == "shadow":
-            return True  # it records what would have been done
-        return self._snapshot is not None and self._snapshot.step is not None
+    # --- what it sees, and who agrees --------------------------------------------------------------------
 
-    def _telemetry(self) -> Telemetry:
+    def _take(self) -> Measured:
+        if self._measurement is None:
+            return Measured(Telemetry())
         total = self.context.total_steps
-        values = {
+        known = {
             "step": float(self.step),
             "progress": min(1.0, self.step / total) if total else NAN,
             "learning_rate": _scheduled_lr(self.optimizer),
             "lr_scale": self.executed.lr_scale,
             "momentum_scale": self.executed.momentum_scale,
         }
-        loss, grad_norm, clock = self._observer.collect()
-        values.update(clock)
-        try:
-            values.update(self._probe.measure(loss, grad_norm))
-        except Exception as e:  # a signal that cannot be measured is missing, no more
-            self._fault("probe", e)
-        if self._device is not None:
-            try:
-                values.update(self._device.read())
-            except Exception as e:
-                self._fault("device", e)
-        return Telemetry(**values)
+        return self._measurement.take(known, self._votes(), self.step)
+
+    def _votes(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """What every rank has to know of this one: its wish for a mode, its last digest, whether it can roll back."""
+        wish = self._switch.take() if self._switch is not None else None
+        self._wished_by = wish[1] if wish is not None else "another rank"
+        digest = int(self._recorder.digest, 16)
+        can = self._snapshot_fits and self._snapshot.step is not None
+        index = float(MODES.index(wish[0])) if wish is not None else _NO_WISH
+        return np.array([index, digest >> 24, digest & 0xFFFFFF, float(can)], np.float32)
+
+    def _settle_votes(self, measured: Measured) -> None:
+        votes = measured.votes
+        wish = float(votes[:, 0].min())
+        if wish != _NO_WISH:
+            self._change_mode(MODES[int(wish)], self._wished_by)
+        if (votes[:, 1:3] != votes[0, 1:3]).any() and not self._enforcer.suspended:
+            self._enforcer.suspend()
+            self._fault("ranks", RuntimeError("the ranks' last decisions differ; the controller is suspended on all"))
+        self._restorable = self.mode == "shadow" or bool(votes[:, 3].all())
+
+    def _change_mode(self, mode: Mode, by: str) -> None:
+        before, scale = self.mode, self.executed.lr_scale
+        if mode == before:
+            return
+        governs = mode not in ("off", "shadow")
+        if governs and before == "shadow":
+            if self.optimizer in _GOVERNED:
+                log.warning("mode %s asked for by %s at step %d: another governor governs", mode, by, self.step)
+                return
+            _GOVERNED.add(self.optimizer)
+        elif not governs and before != "shadow":
+            _GOVERNED.discard(self.optimizer)
+        self._enforcer.set_mode(mode)
+        self._recorder.event("mode", self.step, {"from": before, "to": mode, "by": by})
+        log.warning("governance at step %d: mode %s -> %s (%s); lr_scale was %.4g", self.step, before, mode, by, scale)
+        if mode in ("off", "shadow", "skip"):
+            self._held = self.executed = NEUTRAL
+        if mode == "off":
+            self.close()
 
     def _header(self) -> dict[str, Any]:
-        """What a replay has to know about the run."""
+        """What a replay has to know about the run, and the ranks have to agree on."""
         context = {
             "total_steps": self.context.total_steps,
             "decide_every": self.context.decide_every,
             "authority": self.authority.model_dump(),
             "seed": self.context.seed,
+            "groups": list(self.context.groups),
         }
         return {"controller": self.controller.name, "mode": self.mode, "context": context}
 
     def _keep_last_good(self, telemetry: Telemetry, action: Action) -> None:
         snapshot = self._snapshot
-        if snapshot is None or telemetry.nonfinite or action.directive is not Directive.PROCEED:
+        allowed = self.mode == "govern" and self.authority.max_rollbacks and self._snapshot_fits
+        if not allowed or telemetry.nonfinite or action.directive is not Directive.PROCEED:
             return
         due = snapshot.step is None or self.step - snapshot.step >= self.authority.snapshot_every
         if due and action.regime in HEALTHY_REGIMES and not snapshot.take(self.step):
@@ -275,7 +416,7 @@ class Governor:
                 "snapshot",
                 MemoryError(f"{snapshot.bytes_needed():,} bytes needed, {snapshot.byte_budget:,} allowed"),
             )
-            self._snapshot = None
+            self._snapshot_fits = False
 
     def _fault(self, where: str, error: Exception) -> None:
         self._recorder.fault(where, error, self.step)
@@ -288,7 +429,7 @@ class Governor:
         Returns:
             `decisions`, `interventions` (decisions whose executed action was not neutral), `skips`, `rollbacks`,
             `suspended`, `faults` (where → count), `overhead_seconds` spent in governance, `regimes` (name →
-            decisions), `controller` (its own counters). In shadow mode: what would have been executed.
+            decisions), `mode`, `controller` (its own counters). In shadow mode: what would have been executed.
         """
         try:
             own = self.controller.summary()
@@ -301,6 +442,7 @@ class Governor:
             "faults": dict(self._recorder.faults),
             "overhead_seconds": self._overhead,
             "regimes": dict(self._recorder.regimes),
+            "mode": self.mode,
             "controller": own,
         }
 
@@ -308,44 +450,54 @@ class Governor:
         """Everything that the next decision depends on: JSON data and tensors."""
         return {
             "step": self.step,
+            "mode": self.mode,
             "controller": self.controller.state_dict(),
             "enforcer": self._enforcer.state_dict(),
-            "probe": self._probe.state_dict(),
-            "observer": self._observer.state_dict(),
+            "measurement": self._measurement.state_dict() if self._measurement is not None else None,
             "held": brief(self._held),
             "executed": brief(self.executed),
             "recorder": self._recorder.state_dict(),
             "overhead_seconds": self._overhead,
-            "snapshot": self._snapshot.state_dict() if self._snapshot is not None else None,
+            "snapshot": self._snapshot.state_dict() if self._snapshot.step is not None else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`; call it after the optimizer's own state has been loaded."""
+        """Restores `state_dict`; call it after the optimizer's own state has been loaded. The mode stays as it is."""
         self.step = state["step"]
         self.controller.load_state_dict(state["controller"])
         self._enforcer.load_state_dict(state["enforcer"])
-        self._probe.load_state_dict(state["probe"])
-        self._observer.load_state_dict(state["observer"])
+        if self._measurement is not None and state["measurement"] is not None:
+            self._measurement.load_state_dict(state["measurement"])
         self.executed = unbrief(state["executed"])
-        # The state may come from a run with wider authority, or from one that was not in shadow mode.
+        # The state may come from a run with wider authority, or from one in another mode.
         held = self.authority.clip(unbrief(state["held"]), self.executed.lr_scale)[0]
-        self._held = held if self.mode == "govern" else NEUTRAL
+        self._held = held if self.mode in ("lr", "govern") else NEUTRAL
         self._recorder.load_state_dict(state["recorder"])
         self._overhead = state["overhead_seconds"]
-        if self._snapshot is not None and state["snapshot"] is not None:
+        if state["snapshot"] is not None:
             self._snapshot.load_state_dict(state["snapshot"])
+
+    def flush(self) -> None:
+        """Brings the ledger to the disk, for a checkpoint that must not be ahead of it."""
+        self._recorder.flush(self.step)
 
     def close(self) -> None:
         """Lets go of the optimizer and the model; the run continues ungoverned. Safe to call twice."""
+        self._guard.disarm()
         self._actuator.restore()
-        if self._handles and self.mode == "govern":
-            _GOVERNED.discard(self.optimizer)
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._observer.close()
-        if self._device is not None:
-            self._device.close()
+        if self._hooks is not None:
+            self._hooks.remove()
+            if self.mode != "shadow":
+                _GOVERNED.discard(self.optimizer)
+            self._hooks = None
+        if self._measurement is not None:
+            self._measurement.close()
+            self._measurement = None
+        if self._switch is not None:
+            self._switch.close()
+            self._switch = None
+        if self._time_limit is not None:
+            self._time_limit.close()
         self._recorder.close(self.step)
 
     def __enter__(self) -> Governor:
@@ -362,3 +514,11 @@ HEALTHY_REGIMES = frozenset({"steady", "calibrating", "annealing", "raising", "h
 def _scheduled_lr(optimizer: torch.optim.Optimizer) -> float:
     lr = optimizer.param_groups[0].get("lr", NAN)
     return float(lr)
+
+
+def _for_rank(ledger: str | Path | None, rank: int) -> Path | None:
+    """Where a rank writes its ledger: two processes must not share a file."""
+    if ledger is None:
+        return None
+    path = Path(ledger)
+    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")

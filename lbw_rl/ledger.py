@@ -66,6 +66,15 @@ class Ledger:
         """
         self._file.write(json.dumps({"type": kind, **_clean(record)}, separators=(",", ":"), default=_number) + "\n")
 
+    def flush(self) -> None:
+        """Brings what is written to the disk.
+
+        Raises:
+            OSError: as `write`.
+        """
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flushes and closes the file."""
         self._file.close()

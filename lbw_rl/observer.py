@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What one decision window brought.
+
+    Attributes:
+        loss: mean over its micro-batches, 0-d; None if none was observed.
+        step_loss: mean over those of the step at hand, where there were steps before it in the window.
+        grad_norm: the step's global norm before clipping, where the caller or a clipping told it.
+        clock: signal name → value.
+    """
+
+    loss: torch.Tensor | None
+    step_loss: torch.Tensor | None
+    grad_norm: torch.Tensor | float | None
+    clock: dict[str, float]
 
 
 class Observer:
@@ -18,15 +36,25 @@ class Observer:
     def __init__(self, model: torch.nn.Module | None) -> None:
         self._explicit: list[torch.Tensor] = []
         self._from_model: list[torch.Tensor] = []
-        self.grad_norm: torch.Tensor | float | None = None
+        self._grad_norm: torch.Tensor | float | None = None
         self._explicit_tokens = self._model_tokens = 0
         self._steps = 0
+        self._earlier = (0, 0)  # losses, of either source, that belong to earlier steps of the window
         self._since = time.perf_counter()
         self._hook = model.register_forward_hook(self._on_forward, with_kwargs=True) if model is not None else None
 
     def loss(self, value: torch.Tensor | float) -> None:
         """Takes in one micro-batch's loss."""
         self._explicit.append(torch.as_tensor(value).detach())
+
+    def closure_loss(self, value: Any) -> None:
+        """Takes in what an optimizer's closure returned, where nobody else told the loss of this step."""
+        if isinstance(value, torch.Tensor | float) and (len(self._explicit), len(self._from_model)) == self._earlier:
+            self.loss(value)
+
+    def grad_norm(self, value: torch.Tensor | float) -> None:
+        """Takes in this step's global norm before clipping."""
+        self._grad_norm = value.detach() if isinstance(value, torch.Tensor) else value
 
     def tokens(self, count: int) -> None:
         """Adds to the window's tokens."""
@@ -35,11 +63,17 @@ class Observer:
     def step_done(self) -> None:
         """Counts one optimizer step of the window; the norm that the caller gave was that step's."""
         self._steps += 1
-        self.grad_norm = None
+        self._grad_norm = None
+        self._earlier = (len(self._explicit), len(self._from_model))
 
-    def collect(self) -> tuple[torch.Tensor | None, torch.Tensor | float | None, dict[str, float]]:
-        """Ends the window: mean loss, gradient norm if the caller gave one, and the clock's signals."""
-        losses = self._explicit or self._from_model
+    def peek(self, *, alone: bool) -> tuple[torch.Tensor | None, torch.Tensor | float | None]:
+        """The loss and norm of the step at hand, within a window that goes on; the loss only for a process alone."""
+        losses, earlier = (self._explicit, self._earlier[0]) if self._explicit else (self._from_model, self._earlier[1])
+        return (_means(losses[earlier:], 0)[0] if alone else None), self._grad_norm
+
+    def collect(self) -> Window:
+        """Ends the window."""
+        losses, earlier = (self._explicit, self._earlier[0]) if self._explicit else (self._from_model, self._earlier[1])
         tokens = self._explicit_tokens or self._model_tokens
         now = time.perf_counter()
         clock = {}
@@ -47,29 +81,30 @@ class Observer:
             clock["step_seconds"] = (now - self._since) / self._steps
             if tokens:
                 clock["tokens_per_second"] = tokens / (now - self._since)
-        grad_norm, self.grad_norm = self.grad_norm, None
-        self._explicit, self._from_model, self._steps, self._since = [], [], 0, now
+        loss, step_loss = _means(losses, earlier)
+        window = Window(loss, step_loss, self._grad_norm, clock)
+        self._explicit, self._from_model, self._grad_norm = [], [], None
+        self._steps, self._since, self._earlier = 0, now, (0, 0)
         self._explicit_tokens = self._model_tokens = 0
-        loss = losses[0].float().mean() if len(losses) == 1 else None
-        if len(losses) > 1:
-            loss = torch.stack([x.float().mean().to(losses[-1].device) for x in losses]).mean()
-        return loss, grad_norm, clock
+        return window
 
     def state_dict(self) -> dict[str, Any]:
         """The window so far: a checkpoint may fall between two decisions."""
         return {
             "explicit": list(self._explicit),
             "from_model": list(self._from_model),
-            "grad_norm": self.grad_norm,
+            "grad_norm": self._grad_norm,
             "tokens": [self._explicit_tokens, self._model_tokens],
             "steps": self._steps,
+            "earlier": list(self._earlier),
             "elapsed": time.perf_counter() - self._since,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`."""
         self._explicit, self._from_model = list(state["explicit"]), list(state["from_model"])
-        self.grad_norm, self._steps = state["grad_norm"], state["steps"]
+        self._grad_norm, self._steps = state["grad_norm"], state["steps"]
+        self._earlier = (state["earlier"][0], state["earlier"][1])
         self._explicit_tokens, self._model_tokens = state["tokens"]
         self._since = time.perf_counter() - state["elapsed"]
 
@@ -87,6 +122,24 @@ class Observer:
         inputs = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(inputs, torch.Tensor) and not inputs.is_floating_point():
             self._model_tokens += inputs.numel()
+
+
+def _means(losses: list[torch.Tensor], earlier: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mean of a window's losses and, where earlier steps brought some of them, of the latest step's.
+
+    What was not finite at an earlier step has had its consequences; it must not make the step at hand look poisoned.
+    """
+    if not losses:
+        return None, None
+    if len(losses) == 1:
+        loss = losses[0].float().mean()
+        return loss, (None if earlier == 0 else loss.new_tensor(0.0))
+    stacked = torch.stack([x.float().mean().to(losses[-1].device) for x in losses])
+    if earlier == 0:
+        return stacked.mean(), None
+    latest = stacked[earlier:].mean() if earlier < len(losses) else stacked.new_zeros(())
+    finite = stacked.isfinite()
+    return torch.where(finite, stacked, 0.0).sum() / finite.sum(), latest
 
 
 def _own_mean(loss: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -11,12 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lbw_rl.sample import SAMPLE_SIZE, Part, Sample, is_sharded, own_shard
+
 Vector = NDArray[np.float32]
 
 ENTROPY_BINS = 32
 """Bins of width 1 in log2|g/rms(g)|, covering [-24, 8); what falls outside goes to the end bins."""
 _LOWEST_BIN = -24
-_SAMPLE = 4_096
 
 
 def gradient_entropy(gradient: torch.Tensor) -> torch.Tensor:
@@ -47,133 +49,182 @@ def _entropy(gradient: Vector) -> float:
     return -float(share @ np.log(share)) / math.log(ENTROPY_BINS) + 0.0
 
 
-class Probe:
-    """Reads an optimizer's parameters just before and just after its step.
+SCALARS = (
+    "loss", "step_loss", "norm", "shard_norm", "found_inf", "loss_scale", "learning_rate", "steps_taken",
+)  # fmt: skip
+"""What a rank reports besides its part of the sample; NaN where it has nothing to report, see `Packed.present`."""
+SEGMENTS = ("gradient", "before", "after", "v")
+"""The sampled vectors, in order."""
 
-    The sample is fixed: every `stride`-th element of each trainable weight matrix (of every tensor, where there is
-    no matrix), about 4,000 in all, shared out in proportion to size. On it the update-to-weight ratio has a
-    standard error of about 1 %.
 
-    Args:
-        optimizer: whose parameters are read; nothing is ever written.
-        sample: elements sampled over all matrices.
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One rank's measurements, on the device of its parameters.
+
+    Attributes:
+        values: float32, the present scalars and then the present segments.
+        present: their names, in order.
+        segment: elements of one segment.
+        beta2, eps: of the sampled parameters' optimizer, for `surprise`.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, sample: int = _SAMPLE) -> None:
+    values: torch.Tensor
+    present: tuple[str, ...]
+    segment: int
+    beta2: float
+    eps: float
+
+    def unpack(self, host: Vector) -> dict[str, Vector]:
+        """Name → its part of `values`, once they have come to the host."""
+        lengths = [self.segment if name in SEGMENTS else 1 for name in self.present]
+        ends = list(accumulate(lengths))
+        return {name: host[end - length : end] for name, length, end in zip(self.present, lengths, ends)}
+
+
+class Probe:
+    """Reads an optimizer's parameters just before and just after its step; nothing is ever written.
+
+    On the sample (see `Sample`) the update-to-weight ratio has a standard error of about 1 %.
+
+    Args:
+        optimizer: whose parameters are read.
+        sample: elements sampled over all matrices.
+        answers: whether this process answers for what every rank holds alike.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, sample: int = SAMPLE_SIZE, *, answers: bool = True) -> None:
         self.optimizer = optimizer
-        self.sample = sample
-        self._parameters: list[torch.nn.Parameter] = []
-        self._sampled: list[tuple[torch.nn.Parameter, dict[str, Any]]] = []
-        self._strides: list[int] = []
+        self._size, self._answers = sample, answers
         self._layout_key: tuple[int, ...] = ()
         self._weight_views: list[tuple[int, torch.Tensor]] = []
         self._moment_views: list[tuple[int, torch.Tensor]] = []
         self._before: torch.Tensor | None = None
         self._after: torch.Tensor | None = None
-        self._gradient: torch.Tensor | None = None
-        self._known: list[int] = []
+        self._gradient: Vector | None = None
+        self._sample = Sample(optimizer.param_groups, sample, answers=answers)
+        self._lay_out()
 
-    def measure(self, loss: torch.Tensor | float | None, grad_norm: torch.Tensor | float | None) -> dict[str, float]:
-        """The signals of the step at hand and of the update before it.
+    @property
+    def sample_size(self) -> int:
+        """Elements of the sample."""
+        self._lay_out()
+        return self._sample.size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sampled parameters are."""
+        return self._sample.device
+
+    # --- on the device -----------------------------------------------------------------------------------
+
+    def pack(
+        self,
+        loss: torch.Tensor | None,
+        step_loss: torch.Tensor | None,
+        grad_norm: torch.Tensor | float | None,
+        loss_scale: torch.Tensor | float | None = None,
+    ) -> Packed:
+        """Gathers what the signals are made of, without a host transfer.
 
         Args:
-            loss: mean training loss, a 0-d tensor or a number; None if not observed.
+            loss: mean training loss of the window, 0-d.
+            step_loss: mean training loss of the step at hand, 0-d.
             grad_norm: global norm before clipping where the caller knows it; else it is computed here, from the
-                gradients as they are.
-
-        Returns:
-            signal name → value, NaN where there is nothing to measure.
+                gradients as they are, unscaled where a `GradScaler` leaves that to a fused optimizer.
+            loss_scale: the `GradScaler`'s factor.
         """
         self._lay_out()
-        if grad_norm is None:
-            grad_norm = self._grad_norm()
-        gradient = self._sampled_gradient()
+        scale, found_inf = (getattr(self.optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        norm, shard_norm = _split(grad_norm, self._answers) if grad_norm is not None else self._norms(scale)
+        lr = self.optimizer.param_groups[0].get("lr")
+        if not (isinstance(lr, torch.Tensor) and lr.device.type != "cpu"):
+            lr = None  # known on the host already
+        gradient = self._sampled_gradient(scale)
         moments = None if gradient is None else self._second_moments()
-        scalars = {"loss": loss, "grad_norm": grad_norm}
-        samples = {"gradient": gradient, "before": self._before, "after": self._after, "v": moments}
-        host = _to_host({k: v for k, v in {**scalars, **samples}.items() if v is not None})
-        measured = {k: float(host[k][0]) for k in scalars if k in host}
-        with np.errstate(all="ignore"):  # what is not finite becomes NaN below
-            if gradient is not None:
-                measured |= self._gradient_signals(host)
-            if self._after is not None:
-                measured |= _update_signals(host["before"], host["after"])
-        seen = [measured[k] for k in scalars if k in measured]
-        if seen:
-            measured["nonfinite"] = float(not all(math.isfinite(v) for v in seen))
-        if gradient is not None and not measured.get("nonfinite") and math.isfinite(measured["grad_entropy"]):
-            self._gradient = torch.from_numpy(host["gradient"])  # a poisoned gradient never becomes the reference
-        return {k: v if math.isfinite(v) else math.nan for k, v in measured.items()}
+        steps_taken = None if moments is None else self._steps_taken()
+        scalars = (loss, step_loss, norm, shard_norm, found_inf, loss_scale, lr, steps_taken)
+        segments = (gradient, self._before, self._after, moments)
+        return self._packed(dict(zip((*SCALARS, *SEGMENTS), (*scalars, *segments))))
+
+    def pack_scalars(self, loss: torch.Tensor | None, grad_norm: torch.Tensor | float | None) -> Packed:
+        """Loss and norm alone, as `pack` takes them."""
+        self._lay_out()
+        scale = getattr(self.optimizer, "grad_scale", None)
+        norm, shard_norm = _split(grad_norm, True) if grad_norm is not None else self._norms(scale)
+        return self._packed({"loss": loss, "norm": norm, "shard_norm": shard_norm})
+
+    def _packed(self, values_of: Mapping[str, torch.Tensor | float | None]) -> Packed:
+        named = {k: v for k, v in values_of.items() if v is not None}
+        tensors = [torch.as_tensor(v).detach().reshape(-1).float() for v in named.values()]
+        device = self._sample.device
+        values = torch.cat([t.to(device, non_blocking=True) for t in tensors]) if tensors else torch.empty(0)
+        beta2, eps = self._adam()
+        return Packed(values, tuple(named), self._sample.size, beta2, eps)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether gradients are spread over ranks."""
+        return any(is_sharded(p) for p in self._sample.parameters)
 
     def before_step(self) -> None:
         """Notes the sampled weights, so that the next measurement can tell how far they moved."""
         self._lay_out()
-        self._before, self._after = self._matrices(), None
+        self._before, self._after = self._weights(), None
 
     def after_step(self) -> None:
         """Notes where the step that `before_step` announced has taken the sampled weights."""
         if self._before is not None and self._after is None:
-            self._after = self._matrices()
+            self._after = self._weights()
 
-    def _matrices(self) -> torch.Tensor | None:
-        if not self._sampled:
+    def _weights(self) -> torch.Tensor | None:
+        if not self._sample.parts:
             return None
-        return _gather([p for p, _ in self._sampled], self._strides, self._weight_views)
+        return self._sample.gather(lambda part: part.parameter, self._weight_views)
 
-    def _grad_norm(self) -> torch.Tensor | None:
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if not gradients:
-            return None
-        norms = list(torch._foreach_norm([g.coalesce().values() if g.is_sparse else g for g in gradients]))
-        if len({(n.device, n.dtype) for n in norms}) > 1:
-            norms = [n.float().to(norms[0].device) for n in norms]
-        return torch.linalg.vector_norm(torch.stack(norms).float())
+    def _norms(self, scale: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """L2 norms of the gradients that this rank answers for: the replicated ones, and its shards."""
+        shared: list[torch.Tensor] = []
+        shards: list[torch.Tensor] = []
+        for p in self._sample.parameters:
+            if p.grad is None:
+                continue
+            own = own_shard(p.grad, answers=self._answers)
+            if own is not None:
+                (shards if is_sharded(p.grad) else shared).append(own.coalesce().values() if own.is_sparse else own)
+        norm, shard_norm = _joint_norm(shared), _joint_norm(shards)
+        if scale is not None:
+            norm, shard_norm = (None if n is None else n / scale for n in (norm, shard_norm))
+        return norm, shard_norm
 
-    def _sampled_gradient(self) -> torch.Tensor | None:
+    def _sampled_gradient(self, scale: torch.Tensor | None) -> torch.Tensor | None:
         """The gradient on the sample; zeros where a tensor took no part in this step."""
-        gradients = [p.grad for p, _ in self._sampled]
-        if all(g is None for g in gradients):
+        if all(part.parameter.grad is None for part in self._sample.parts):
             return None
-        dense = [
-            torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
-            for g, (p, _) in zip(gradients, self._sampled)
-        ]
-        return _gather(dense, self._strides)
-
-    def _gradient_signals(self, host: Mapping[str, Vector]) -> dict[str, float]:
-        gradient = host["gradient"]
-        signals = {"grad_entropy": _entropy(gradient)}
-        if self._gradient is not None:
-            reference = self._gradient.numpy()
-            norms = math.sqrt(float(gradient @ gradient) * float(reference @ reference))
-            signals["grad_cosine"] = float(gradient @ reference) / norms if norms > 0 else math.nan
-        if "v" in host:
-            signals["surprise"] = self._surprise(gradient, host["v"])
-        return signals
+        gradient = self._sample.gather(_dense_gradient)
+        return gradient if scale is None else gradient / scale
 
     def _second_moments(self) -> torch.Tensor | None:
-        """Adam's v on the sample, of the tensors that have one (`_known`): those that took part in a step."""
-        states = [self.optimizer.state.get(p, {}) for p, _ in self._sampled]
-        self._known = [i for i, (p, g) in enumerate(self._sampled) if _has_second_moment(states[i], p, g)]
-        if not self._known:
+        """Adam's v on the sample; −1 for the tensors that have none, not having taken part in a step."""
+        state = self.optimizer.state
+        moments = {id(part): _second_moment(state.get(part.parameter), part) for part in self._sample.parts}
+        if all(v is None for v in moments.values()):
             return None
-        views = self._moment_views if len(self._known) == len(states) else None
-        return _gather([states[i]["exp_avg_sq"] for i in self._known], [self._strides[i] for i in self._known], views)
 
-    def _surprise(self, gradient: Vector, v: Vector) -> float:
-        """RMS_t of Wortsman et al. (2304.13013, §3.4) with the bias-corrected v that this step is about to use."""
-        if len(self._known) < len(self._sampled):
-            ends = np.cumsum([_count(p, stride) for (p, _), stride in zip(self._sampled, self._strides)])
-            parts = np.split(gradient, ends[:-1])
-            gradient = np.concatenate([parts[i] for i in self._known])
-        parameter, group = self._sampled[self._known[0]]
-        beta2 = float(group["betas"][1])
-        squared = gradient * gradient
-        corrected = (beta2 * v + (1.0 - beta2) * squared) / (1.0 - beta2 ** (self._steps_taken(parameter) + 1.0))
-        return math.sqrt(float((squared / np.maximum(corrected, float(group.get("eps", 1e-8)) ** 2)).mean()))
+        def read(part: Part) -> torch.Tensor:
+            v = moments[id(part)]
+            return v if v is not None else torch.full_like(part.parameter, -1.0)
 
-    def _steps_taken(self, parameter: torch.nn.Parameter) -> float:
-        return float(self.optimizer.state[parameter]["step"])
+        return self._sample.gather(read, self._moment_views)
+
+    def _steps_taken(self) -> torch.Tensor | float:
+        states = (self.optimizer.state.get(part.parameter) for part in self._sample.parts)
+        return next(s["step"] for s in states if s and "step" in s)
+
+    def _adam(self) -> tuple[float, float]:
+        group = self._sample.parts[0].group if self._sample.parts else {}
+        if "betas" not in group:
+            return math.nan, math.nan
+        return float(group["betas"][1]), float(group.get("eps", 1e-8))
 
     def _lay_out(self) -> None:
         """Chooses the sample anew when what is trained changes (`add_param_group`, a loaded state, an unfreezing)."""
@@ -182,26 +233,87 @@ class Probe:
         key = (*(id(g) for g in groups), *(len(g["params"]) for g in groups), trained)
         if key == self._layout_key:
             return
-        present = [(p, group) for group in groups for p in group["params"] if p.numel()]
-        self._parameters = [p for p, _ in present]
-        present = [(p, group) for p, group in present if p.requires_grad] or present
-        self._sampled = [(p, group) for p, group in present if p.ndim >= 2] or present
-        total = sum(p.numel() for p, _ in self._sampled)
-        self._strides = [_stride(p, self.sample, total) for p, _ in self._sampled]
+        self._sample = Sample(groups, self._size, answers=self._answers)
         self._layout_key = key
         self._weight_views, self._moment_views = [], []
         self._before = self._after = self._gradient = None
 
+    # --- on the host -------------------------------------------------------------------------------------
+
+    def signals(self, host: Mapping[str, Vector], beta2: float, eps: float) -> dict[str, float]:
+        """The sampled signals of one decision.
+
+        Args:
+            host: the segments, on the host, ranks joined, and `steps_taken`; what is absent was not measured.
+            beta2, eps: of the optimizer, where it is an Adam.
+
+        Returns:
+            signal name → value; NaN or absent where there is nothing to measure.
+        """
+        signals: dict[str, float] = {}
+        with np.errstate(all="ignore"):  # what is not finite is no measurement
+            gradient = host.get("gradient")
+            if gradient is not None:
+                signals["grad_entropy"] = _entropy(gradient)
+                if self._gradient is not None:
+                    norms = math.sqrt(float(gradient @ gradient) * float(self._gradient @ self._gradient))
+                    signals["grad_cosine"] = float(gradient @ self._gradient) / norms if norms > 0 else math.nan
+                if "v" in host and "steps_taken" in host:
+                    signals["surprise"] = _surprise(gradient, host["v"], float(host["steps_taken"][0]), beta2, eps)
+            if "before" in host and "after" in host:
+                signals |= _update_signals(host["before"], host["after"])
+        return signals
+
+    def remember(self, gradient: Vector) -> None:
+        """Takes a healthy gradient as what the next one is compared with; a poisoned one must never become it."""
+        self._gradient = gradient
+
     def state_dict(self) -> dict[str, Any]:
         """The reference gradient and the last update: what the next measurement compares with."""
-        return {"gradient": self._gradient, "before": self._before, "after": self._after}
+        gradient = None if self._gradient is None else torch.from_numpy(self._gradient)
+        return {"gradient": gradient, "before": self._before, "after": self._after}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`, after the optimizer's own state has been loaded."""
         self._lay_out()
-        device = self._sampled[0][0].device if self._sampled else None
-        self._gradient = state["gradient"]
-        self._before, self._after = (None if t is None else t.to(device) for t in (state["before"], state["after"]))
+        gradient = state["gradient"]
+        self._gradient = None if gradient is None else gradient.cpu().numpy()
+        self._before, self._after = (
+            None if t is None else t.to(self._sample.device) for t in (state["before"], state["after"])
+        )
+
+
+def _joint_norm(gradients: list[torch.Tensor]) -> torch.Tensor | None:
+    if not gradients:
+        return None
+    norms = list(torch._foreach_norm(gradients))
+    if len({(n.device, n.dtype) for n in norms}) > 1:
+        norms = [n.float().to(norms[0].device) for n in norms]
+    return torch.linalg.vector_norm(torch.stack(norms).float())
+
+
+def _split(
+    grad_norm: torch.Tensor | float, answers: bool
+) -> tuple[torch.Tensor | float | None, torch.Tensor | float | None]:
+    """A norm that the caller gave: the whole one, or this rank's share of a `DTensor` that is not reduced yet."""
+    if isinstance(grad_norm, torch.Tensor) and is_sharded(grad_norm):
+        return None, own_shard(grad_norm, answers=answers)
+    return (grad_norm if answers else None), None
+
+
+def _dense_gradient(part: Part) -> torch.Tensor | None:
+    gradient = part.parameter.grad
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
+
+
+def _surprise(gradient: Vector, v: Vector, steps_taken: float, beta2: float, eps: float) -> float:
+    """RMS_t of Wortsman et al. (2304.13013, §3.4) with the bias-corrected v that this step is about to use."""
+    known = ~(v < 0)  # a NaN stays: what is poisoned must not pass for unknown
+    if not known.all():
+        gradient, v = gradient[known], v[known]
+    squared = gradient * gradient
+    corrected = (beta2 * v + (1.0 - beta2) * squared) / (1.0 - beta2 ** (steps_taken + 1.0))
+    return math.sqrt(float((squared / np.maximum(corrected, eps**2)).mean()))
 
 
 def _update_signals(before: Vector, after: Vector) -> dict[str, float]:
@@ -211,56 +323,9 @@ def _update_signals(before: Vector, after: Vector) -> dict[str, float]:
     return {"update_ratio": ratio, "weight_rms": math.sqrt(size / before.size)}
 
 
-def _has_second_moment(state: Mapping[str, Any], parameter: torch.Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether the optimizer keeps Adam's v of this parameter, element by element."""
+def _second_moment(state: Mapping[str, Any] | None, part: Part) -> torch.Tensor | None:
+    """Adam's v of this parameter, where the optimizer keeps it element by element."""
+    if not state or "step" not in state or "betas" not in part.group:
+        return None
     v = state.get("exp_avg_sq")
-    return v is not None and v.shape == parameter.shape and "step" in state and "betas" in group
-
-
-def _count(parameter: torch.Tensor, stride: int) -> int:
-    """Elements sampled of a tensor."""
-    return -(-parameter.numel() // stride)
-
-
-def _stride(parameter: torch.Tensor, sample: int, total: int) -> int:
-    """Step between sampled elements; coprime to the row length, so that no column is favoured."""
-    wanted = max(32, round(sample * parameter.numel() / total))
-    stride = max(1, parameter.numel() // wanted)
-    row = parameter.shape[-1] if parameter.ndim else 1
-    while math.gcd(stride, row) > 1:
-        stride -= 1
-    return stride
-
-
-@torch.no_grad()
-def _gather(
-    tensors: list[torch.Tensor], strides: list[int], views: list[tuple[int, torch.Tensor]] | None = None
-) -> torch.Tensor:
-    """The sampled elements of all tensors as one float32 vector (a copy).
-
-    Args:
-        tensors, strides: what to sample, and the step between elements.
-        views: the strided views of an earlier call, reused while every tensor still lies where it lay.
-    """
-    pointers = [t.data_ptr() for t in tensors] if views is not None else []
-    if views and [pointer for pointer, _ in views] == pointers:
-        chosen = [view for _, view in views]
-    else:
-        chosen = [
-            torch.as_strided(t, (_count(t, stride),), (stride,), t.storage_offset())
-            if t.is_contiguous()
-            else t.reshape(-1)[::stride]
-            for t, stride in zip(tensors, strides)
-        ]
-        if views is not None and all(t.is_contiguous() for t in tensors):
-            views[:] = list(zip(pointers, chosen))
-    return torch.cat(chosen).float()
-
-
-def _to_host(values: Mapping[str, torch.Tensor | float]) -> dict[str, Vector]:
-    """Name → float32 vector on the host, all of them in one transfer."""
-    tensors = [torch.as_tensor(v).detach().reshape(-1).float() for v in values.values()]
-    device = tensors[-1].device if tensors else None
-    packed = torch.cat([t.to(device) for t in tensors]).cpu().numpy() if tensors else np.empty(0, np.float32)
-    ends = list(accumulate(t.numel() for t in tensors))
-    return {name: packed[end - t.numel() : end] for name, t, end in zip(values, tensors, ends)}
+    return v if v is not None and v.shape == part.parameter.shape else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import struct
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +12,11 @@ from typing import Any
 
 from lbw_rl.action import Action, Directive
 from lbw_rl.ledger import LEDGER_SCHEMA, Ledger
-from lbw_rl.signals import Telemetry
+from lbw_rl.signals import SIGNALS, Telemetry
 
 log = logging.getLogger("lbw_rl")
+
+_REPEATABLE = tuple(name for name, s in SIGNALS.items() if s.source not in ("clock", "device"))
 
 
 class Recorder:
@@ -30,6 +34,8 @@ class Recorder:
         self.counts: Counter[str] = Counter()
         self.regimes: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
+        self.digest = "0" * 12
+        """12 hex digits over all decisions so far, clock and device signals left out."""
         self._ledger: Ledger | None = None
         if path is None:
             return
@@ -64,35 +70,73 @@ class Recorder:
         telemetry: Telemetry,
         proposed: Any,
         executed: Action,
+        ruled: Action,
         reasons: tuple[str, ...],
-        would: Action | None = None,
+        extra: Mapping[str, Any],
     ) -> None:
-        """Writes one decision; `would` is what shadow mode holds back."""
+        """Writes one decision.
+
+        Args:
+            step, telemetry, proposed, executed: what was seen, asked for and done.
+            ruled: what the authority allowed; in shadow mode it is not what is executed.
+            reasons: why executed differs from proposed.
+            extra: further entries of the line.
+        """
+        self._extend_digest(step, telemetry, executed, ruled)
+        if self._ledger is None:
+            return
+        record = {
+            "step": step,
+            "telemetry": telemetry.as_dict(),
+            "proposed": brief(proposed),
+            "executed": brief(executed),
+            "regime": ruled.regime,
+            "evidence": dict(ruled.evidence),
+            "reasons": list(reasons),
+            **extra,
+            "digest": self.digest,
+        }
+        self._line("decision", record, step)
+
+    def event(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
+        """Writes what happens between decisions or beside them: a change of mode, a poisoned step."""
+        self._line(kind, {"step": step, **record}, step)
+
+    def _line(self, kind: str, record: Mapping[str, Any], step: int) -> None:
         if self._ledger is None:
             return
         try:
-            record = {
-                "step": step,
-                "telemetry": telemetry.as_dict(),
-                "proposed": brief(proposed),
-                "executed": brief(executed),
-                "regime": (would or executed).regime,
-                "evidence": dict((would or executed).evidence),
-                "reasons": list(reasons),
-            }
-            if would is not None:
-                record["would_execute"] = brief(would)
-            self._ledger.write("decision", record)
+            self._ledger.write(kind, record)
         except Exception as e:  # a full disk, or evidence that is no JSON
+            self.fault("ledger", e, step)
+
+    def _extend_digest(self, step: int, telemetry: Telemetry, executed: Action, ruled: Action) -> None:
+        """Folds one decision into the digest: two runs, or two ranks, with the same one have decided alike."""
+        values = telemetry.as_dict()
+        seen = [values[name] for name in _REPEATABLE]
+        done = (executed.lr_scale, executed.momentum_scale, *executed.group_lr_scales, float(step))
+        packed = struct.pack(f"<{len(seen) + len(done)}d", *seen, *done)
+        words = f"{self.digest} {executed.directive} {ruled.regime}".encode()
+        self.digest = hashlib.blake2b(packed + words, digest_size=6).hexdigest()
+
+    def flush(self, step: int) -> None:
+        """Brings the ledger to the disk."""
+        if self._ledger is None:
+            return
+        try:
+            self._ledger.flush()
+        except OSError as e:
             self.fault("ledger", e, step)
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, as JSON data."""
-        return {"counts": dict(self.counts), "regimes": dict(self.regimes), "faults": dict(self.faults)}
+        counters = {"counts": dict(self.counts), "regimes": dict(self.regimes), "faults": dict(self.faults)}
+        return {**counters, "digest": self.digest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`."""
         self.counts, self.regimes, self.faults = (Counter(state[k]) for k in ("counts", "regimes", "faults"))
+        self.digest = state["digest"]
 
     def close(self, step: int) -> None:
         """Closes the ledger; counters stay readable."""
@@ -109,8 +153,10 @@ def brief(action: Any) -> dict[str, Any] | None:
     """An action's scales and directive as JSON data; None for what is no `Action`."""
     if not isinstance(action, Action):
         return None
+    groups = {"group_lr_scales": list(action.group_lr_scales)} if action.group_lr_scales else {}
     return {
         "lr_scale": action.lr_scale,
+        **groups,
         "momentum_scale": action.momentum_scale,
         "directive": str(action.directive),
     }
@@ -120,6 +166,7 @@ def unbrief(record: Mapping[str, Any]) -> Action:
     """Inverse of `brief`."""
     return Action(
         lr_scale=record["lr_scale"],
+        group_lr_scales=tuple(record.get("group_lr_scales", ())),
         momentum_scale=record["momentum_scale"],
         directive=Directive(record["directive"]),
     )

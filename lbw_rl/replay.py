@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lbw_rl.authority import Authority, Enforcer
+from lbw_rl.authority import Authority
 from lbw_rl.controller import Context, Controller
+from lbw_rl.enforcer import Enforcer
 from lbw_rl.ledger import LEDGER_SCHEMA, read_ledger
 from lbw_rl.signals import Telemetry
 

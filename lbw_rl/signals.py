@@ -85,6 +85,16 @@ class Telemetry:
         "RMS of g²/max(v, ε²) on a fixed sample, v the bias-corrected second moment that this step is about to use (RMS_t of Wortsman et al. 2304.13013); NaN without v",
     )
     weight_rms: float = _signal("1", 0, INF, "optimizer", "root mean square of the sampled weights")
+    loss_scale: float = _signal(
+        "1",
+        0,
+        INF,
+        "optimizer",
+        "GradScaler's factor, where one is known; it falls when steps were skipped for infinities",
+    )
+    collective_seconds: float = _signal(
+        "s", 0, INF, "clock", "time that the ranks took to join the numbers of this decision, slow ranks waited for"
+    )
     step_seconds: float = _signal("s", 0, INF, "clock", "wall time of one optimizer step, mean over the window")
     tokens_per_second: float = _signal(
         "tokens/s", 0, INF, "clock", "training tokens a second over the window, on this rank"
@@ -93,6 +103,12 @@ class Telemetry:
     gpu_memory: float = _signal("1", 0, 1, "device", "share of the accelerator's memory in use (NVML)")
     gpu_power: float = _signal("1", 0, INF, "device", "power draw over its enforced limit (NVML)")
     gpu_temperature: float = _signal("°C", -50, 200, "device", "temperature of the accelerator (NVML)")
+    gpu_clock: float = _signal(
+        "1", 0, 2, "device", "clock of the accelerator's multiprocessors over its maximum (NVML)"
+    )
+    gpu_throttled: float = _signal(
+        "1", 0, 1, "device", "1 if the driver holds the accelerator's clocks down for heat or power (NVML), else 0"
+    )
     cpu_utilization: float = _signal("1", 0, 1, "device", "share of all CPU time in use (psutil)")
     host_memory: float = _signal("1", 0, 1, "device", "share of the host's memory in use (psutil)")
 

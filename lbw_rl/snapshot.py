@@ -2,44 +2,94 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 
+from lbw_rl.random_state import capture_random_state, restore_random_state
+from lbw_rl.sample import is_sharded
+
+_OF_THE_SCHEDULE = frozenset(
+    {"lr", "initial_lr", "betas", "momentum", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+)
+
+
+class Stateful(Protocol):
+    """A scheduler, a `GradScaler`, a controller: anything with torch's two methods."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of its state."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Restores it."""
+        ...
+
 
 class Snapshot:
-    """Copies of everything that an optimizer owns: its parameters and its state.
+    """A copy of everything that training moves: weights, buffers, optimizer, what else is handed in, random generators.
+
+    Only what the optimizer owns is copied of the weights: under LoRA the adapters, under FSDP2 this rank's shards. An
+    optimizer's state includes what it keeps in its parameter groups (Prodigy's d, Schedule-Free's counters). What a
+    scheduler writes there (rate, betas, momentum) goes back only if a scheduler is among `stateful`, since a schedule
+    that is not rewound would not write it again.
+
+    On an accelerator the copies go to pinned memory asynchronously, in the order of the stream, so that neither `take`
+    nor `restore` waits for the device.
 
     Args:
         optimizer: read on `take`, written on `restore`.
         byte_budget: a state larger than this is not copied.
+        model: whose buffers are part of the state.
+        stateful: name → whatever else goes back with the weights: scheduler, scaler, controller.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, byte_budget: int) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        byte_budget: int,
+        model: torch.nn.Module | None = None,
+        stateful: Mapping[str, Stateful] | None = None,
+    ) -> None:
         self.optimizer = optimizer
         self.byte_budget = byte_budget
+        self.model = model
+        self.stateful = dict(stateful or {})
         self.step: int | None = None
-        self._parameters: list[torch.Tensor] = []
+        self._tensors: list[torch.Tensor] = []
         self._state: list[dict[str, Any]] = []
+        self._groups: list[dict[str, Any]] = []
+        self._others: dict[str, Any] = {}
+        self._random: dict[str, Any] = {}
 
     def bytes_needed(self) -> int:
         """Size of one copy, in bytes."""
-        tensors = [t for p in self._owned() for t in (p, *self.optimizer.state.get(p, {}).values())]
-        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+        states = [t for p in self._owned() for t in self.optimizer.state.get(p, {}).values()]
+        tensors = [t for t in (*self._owned(), *self._buffers(), *states) if isinstance(t, torch.Tensor)]
+        return sum(t.numel() * t.element_size() for t in map(_shard, tensors))
 
     @torch.no_grad()
     def take(self, step: int) -> bool:
         """Replaces the copy with the present state; False if it does not fit the budget."""
         if self.bytes_needed() > self.byte_budget:
             return False
-        self._parameters = [p.detach().to("cpu", copy=True) for p in self._owned()]
+        self._tensors = [_to_host(t) for t in (*self._owned(), *self._buffers())]
         self._state = [
-            {
-                k: v.detach().to("cpu", copy=True) if isinstance(v, torch.Tensor) else v
-                for k, v in self.optimizer.state.get(p, {}).items()
-            }
-            for p in self._owned()
+            {k: _to_host(v) if isinstance(v, torch.Tensor) else copy.deepcopy(v) for k, v in state.items()}
+            for state in (self.optimizer.state.get(p, {}) for p in self._owned())
         ]
+        self._groups = [
+            {
+                k: _to_host(v) if isinstance(v, torch.Tensor) else copy.deepcopy(v)
+                for k, v in group.items()
+                if k != "params"
+            }
+            for group in self.optimizer.param_groups
+        ]
+        self._others = {name: copy.deepcopy(other.state_dict()) for name, other in self.stateful.items()}
+        self._random = capture_random_state()
         self.step = step
         return True
 
@@ -52,27 +102,82 @@ class Snapshot:
         """
         if self.step is None:
             raise RuntimeError("no snapshot has been taken yet")
-        for parameter, value, state in zip(self._owned(), self._parameters, self._state):
-            parameter.copy_(value)
+        for tensor, saved in zip((*self._owned(), *self._buffers()), self._tensors):
+            _write(tensor, saved)
+        for parameter, state in zip(self._owned(), self._state):
             if not state:  # as before its first step, when some optimizers test for membership
                 self.optimizer.state.pop(parameter, None)
                 continue
-            present = self.optimizer.state[parameter]
-            for key in [k for k in present if k not in state]:
-                del present[key]
-            for key, saved in state.items():
-                if isinstance(saved, torch.Tensor) and isinstance(present.get(key), torch.Tensor):
-                    present[key].copy_(saved)
-                else:
-                    present[key] = saved.clone() if isinstance(saved, torch.Tensor) else saved
+            _restore_values(self.optimizer.state[parameter], state, parameter)
+        scheduled = frozenset() if "scheduler" in self.stateful else _OF_THE_SCHEDULE
+        for group, saved_group in zip(self.optimizer.param_groups, self._groups):
+            _restore_values(group, {k: v for k, v in saved_group.items() if k not in scheduled}, None)
+        for name, other in self.stateful.items():
+            other.load_state_dict(copy.deepcopy(self._others[name]))
+        restore_random_state(self._random)
 
     def _owned(self) -> list[torch.Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    def _buffers(self) -> list[torch.Tensor]:
+        return list(self.model.buffers()) if self.model is not None else []
+
     def state_dict(self) -> dict[str, Any]:
         """The copy itself, for a checkpoint."""
-        return {"step": self.step, "parameters": self._parameters, "state": self._state}
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # the copies may still be on their way
+        return {
+            "step": self.step,
+            "tensors": self._tensors,
+            "state": self._state,
+            "groups": self._groups,
+            "others": self._others,
+            "random": self._random,
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`."""
-        self.step, self._parameters, self._state = state["step"], state["parameters"], state["state"]
+        self.step, self._tensors, self._state = state["step"], state["tensors"], state["state"]
+        self._groups, self._others, self._random = state["groups"], state["others"], state["random"]
+
+
+def _shard(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    local = _shard(tensor.detach())
+    if local.device.type == "cpu":
+        return local.clone()
+    copied = torch.empty(local.shape, dtype=local.dtype, pin_memory=True)
+    return copied.copy_(local, non_blocking=True)
+
+
+def _write(tensor: torch.Tensor, saved: torch.Tensor) -> None:
+    _shard(tensor.detach()).copy_(saved, non_blocking=True)
+
+
+def _restore_values(present: dict[str, Any], saved: Mapping[str, Any], like: torch.Tensor | None) -> None:
+    """Puts saved values into a live dict: tensors in place, since compiled steps and captured graphs hold on to them."""
+    if like is not None:
+        for key in [k for k in present if k not in saved]:
+            del present[key]
+    for key, value in saved.items():
+        live = present.get(key)
+        if isinstance(value, torch.Tensor) and isinstance(live, torch.Tensor):
+            _write(live, value)
+        elif isinstance(value, torch.Tensor):
+            present[key] = value.clone() if like is None else _as_state(value, like)
+        else:
+            present[key] = copy.deepcopy(value)
+
+
+def _as_state(saved: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A state tensor anew, on its parameter's device and sharded like it; a step counter stays on the host."""
+    if not saved.ndim:
+        return saved.clone()
+    if not is_sharded(like):
+        return saved.to(like.device, copy=True)
+    fresh = torch.empty_like(like, dtype=saved.dtype)
+    _write(fresh, saved)
+    return fresh

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lbw_rl import Action, Authority, Directive
 from lbw_rl.action import NEUTRAL, log_interpolate, log_position
-from lbw_rl.authority import Enforcer
+from lbw_rl.enforcer import Enforcer
 
 LOW, HIGH = st.floats(1e-4, 1.0), st.floats(1.0, 1e4)
 AUTHORITIES = st.builds(

@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lbw_rl import CONTROLLERS, FEATURES, SIGNALS, Action, Authority, Context, Controller, Directive, Telemetry
-from lbw_rl.authority import Enforcer
 from lbw_rl.controllers.constant import Constant
 from lbw_rl.controllers.entropic import EntroPIC
 from lbw_rl.controllers.lbw_guard import LBWGuard
 from lbw_rl.controllers.pid import PID
 from lbw_rl.controllers.ppo import FrozenPolicy
 from lbw_rl.controllers.random import RandomActions
+from lbw_rl.enforcer import Enforcer
 from lbw_rl.policy import save_policy
 from lbw_rl.registry import load_controller
 from lbw_rl.setpoint import ratio_level

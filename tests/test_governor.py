@@ -289,7 +289,7 @@ def test_a_broken_controller_is_reported_once_suspended_and_the_run_goes_on(make
     assert "ValueError: on fire" in caplog.text
 
 
-@pytest.mark.parametrize("method", ["measure", "before_step", "after_step"])
+@pytest.mark.parametrize("method", ["pack", "before_step", "after_step"])
 def test_a_broken_probe_costs_its_signals_and_no_more(method, make_mlp, monkeypatch):
     def broken(*_):
         raise RuntimeError("no such tensor")
@@ -297,7 +297,7 @@ def test_a_broken_probe_costs_its_signals_and_no_more(method, make_mlp, monkeypa
     model = make_mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     governor = Governor(optimizer, Scripted(repeat=Action(lr_scale=0.5)))
-    monkeypatch.setattr(governor._probe, method, broken)
+    monkeypatch.setattr(governor._measurement.probe, method, broken)
     rates = executed_rates(optimizer)
     train_mlp(model, optimizer, governor, steps=5)
     assert rates == [0.005] * 5  # control goes on
@@ -313,7 +313,7 @@ def test_a_broken_device_costs_its_signals_and_no_more(make_mlp, monkeypatch):
     optimizer = torch.optim.AdamW(model.parameters())
     controller = Scripted()
     governor = Governor(optimizer, controller)
-    monkeypatch.setattr(governor._device, "read", broken)
+    monkeypatch.setattr(governor._measurement._device, "read", broken)
     train_mlp(model, optimizer, governor, steps=3)
     assert governor.summary()["faults"] == {"device": 3}
     assert math.isnan(controller.seen[-1].cpu_utilization)
@@ -362,7 +362,7 @@ def test_a_fault_of_governance_itself_lets_go_no_faster_than_the_slew_limit(make
     governor = Governor(optimizer, Scripted(repeat=Action(lr_scale=0.1)), authority=authority)
     rates = executed_rates(optimizer)
     train_mlp(model, optimizer, governor, steps=2)
-    monkeypatch.setattr(governor, "_telemetry", lambda: 1 / 0)
+    monkeypatch.setattr(governor, "_take", lambda: 1 / 0)
     train_mlp(model, optimizer, governor, steps=5)
     assert rates == pytest.approx([0.1, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0])
     assert governor.summary()["faults"] == {"governor": 5}
@@ -674,6 +674,7 @@ def test_summary_has_its_keys_and_counts(make_mlp):
         "suspended": False,
         "faults": {},
         "regimes": {"steady": 2, "holding-back": 1, "burst": 1},
+        "mode": "govern",
         "controller": {},
     }
     json.dumps(governor.summary())
@@ -682,7 +683,7 @@ def test_summary_has_its_keys_and_counts(make_mlp):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"mode": "advise"}, "mode: 'advise' is unknown; accepted: govern, shadow, off"),
+        ({"mode": "advise"}, "mode: 'advise' is unknown; accepted: off, shadow, skip, lr, govern"),
         ({"controller": "lqr"}, "accepted: constant, pid, entropic, lbw-guard, ppo"),
         ({"total_steps": 0}, "total_steps: 0 must be at least 1, or None"),
         ({"decide_every": 0}, "decide_every: 0 must be at least 1"),
@@ -710,7 +711,7 @@ def test_close_restores_and_detaches(make_lm, tokens):
     assert rates == [0.05, 0.05, 0.1, 0.1]
     assert governor.summary()["decisions"] == 2
     assert not model._forward_hooks
-    assert len(governor._observer._explicit) == 0  # a loop that goes on observing fills no memory
+    assert governor._measurement is None  # a loop that goes on observing fills no memory
 
 
 def test_closing_in_the_middle_of_a_failed_step_restores(make_mlp):

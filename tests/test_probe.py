@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from measuring import Measuring
 
 from lbw_rl import SIGNALS
-from lbw_rl.probe import ENTROPY_BINS, Probe, gradient_entropy
+from lbw_rl.probe import ENTROPY_BINS, gradient_entropy
 
 BETAS, EPS = (0.9, 0.99), 1e-8
 
@@ -48,7 +49,7 @@ def reference_entropy(g):
 
 
 class Reference:
-    """All signals of `Probe`, recomputed by definition on the whole model, with AdamW's own v."""
+    """All signals of the probe, recomputed by definition on the whole model, with AdamW's own v."""
 
     def __init__(self, model, optimizer):
         self.model, self.optimizer = model, optimizer
@@ -83,7 +84,7 @@ class Reference:
 def test_every_signal_equals_the_full_reference_where_the_sample_is_the_whole(make_mlp):
     model = make_mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=BETAS, eps=EPS)
-    probe, reference = Probe(optimizer), Reference(model, optimizer)
+    probe, reference = Measuring(optimizer), Reference(model, optimizer)
     for step in range(5):
         loss = backward(model, step)
         expected = reference.measure()
@@ -99,13 +100,13 @@ def test_a_sample_of_a_larger_model_is_close_to_the_full_reference():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 256), torch.nn.Tanh(), torch.nn.Linear(256, 256))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=BETAS, eps=EPS)
-    probe, reference = Probe(optimizer), Reference(model, optimizer)
+    probe, reference = Measuring(optimizer), Reference(model, optimizer)
     for step in range(4):
         loss = backward(model, step)
         expected = reference.measure()
         values = measured_step(probe, optimizer, loss)
         reference.after_step()
-        elements = sum(-(-p.numel() // s) for (p, _), s in zip(probe._sampled, probe._strides, strict=True))
+        elements = probe.probe.sample_size
         assert elements < sum(p.numel() for p in model.parameters()) / 5
         assert values["grad_norm"] == pytest.approx(expected.pop("grad_norm"), rel=1e-5)  # of all elements
         for name, value in expected.items():
@@ -116,9 +117,9 @@ def test_a_sample_of_a_larger_model_is_close_to_the_full_reference():
 
 def test_the_sample_favours_no_column():
     for shape in [(64, 48), (300, 64), (1000, 7), (33, 32)]:
-        probe = Probe(torch.optim.SGD([torch.nn.Parameter(torch.zeros(shape))], lr=1.0), sample=256)
+        probe = Measuring(torch.optim.SGD([torch.nn.Parameter(torch.zeros(shape))], lr=1.0), sample=256)
         probe.before_step()
-        (stride,) = probe._strides
+        (stride,) = [part.stride for part in probe.probe._sample.parts]
         columns = np.bincount(np.arange(0, math.prod(shape), stride) % shape[1], minlength=shape[1])
         assert columns.max() - columns.min() <= 1
 
@@ -161,7 +162,7 @@ def test_entropy_of_zeros_is_zero_and_of_non_finite_gradients_missing():
 def test_update_ratio_of_plain_sgd_is_rate_times_gradient_over_weight(make_mlp):
     model, lr = make_mlp(), 0.03
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    probe = Probe(optimizer)
+    probe = Measuring(optimizer)
     loss = backward(model, 0)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     expected = lr * np.linalg.norm(flat([p.grad for p in matrices])) / np.linalg.norm(flat(matrices))
@@ -171,7 +172,7 @@ def test_update_ratio_of_plain_sgd_is_rate_times_gradient_over_weight(make_mlp):
 
 def test_cosine_of_equal_gradients_is_one_and_of_opposite_ones_minus_one(make_mlp):
     model = make_mlp()
-    probe = Probe(torch.optim.SGD(model.parameters(), lr=0.0))
+    probe = Measuring(torch.optim.SGD(model.parameters(), lr=0.0))
     assert "grad_cosine" not in probe.measure(backward(model, 0), None)
     assert probe.measure(backward(model, 0, scale=5.0), None)["grad_cosine"] == pytest.approx(1.0, abs=1e-5)
     assert probe.measure(backward(model, 0, scale=-1.0), None)["grad_cosine"] == pytest.approx(-1.0, abs=1e-5)
@@ -179,7 +180,7 @@ def test_cosine_of_equal_gradients_is_one_and_of_opposite_ones_minus_one(make_ml
 
 def test_a_norm_that_the_caller_passes_wins(make_mlp):
     model = make_mlp()
-    probe = Probe(torch.optim.SGD(model.parameters(), lr=0.1))
+    probe = Measuring(torch.optim.SGD(model.parameters(), lr=0.1))
     loss = backward(model, 0)
     assert probe.measure(loss, 123.0)["grad_norm"] == 123.0
     assert probe.measure(loss, torch.tensor(7.0))["grad_norm"] == 7.0
@@ -189,7 +190,7 @@ def test_a_norm_that_the_caller_passes_wins(make_mlp):
 def test_a_matrix_that_starts_at_zero_has_no_relative_update():
     p = torch.nn.Parameter(torch.zeros(4, 4))
     optimizer = torch.optim.SGD([p], lr=0.1)
-    probe = Probe(optimizer)
+    probe = Measuring(optimizer)
     p.grad = torch.ones(4, 4)
     measured_step(probe, optimizer)
     assert math.isnan(probe.measure(None, None)["update_ratio"])
@@ -202,7 +203,7 @@ def test_a_matrix_that_starts_at_zero_has_no_relative_update():
 @pytest.mark.parametrize("caller_norm", [None, 1.0], ids=["own-norm", "caller-norm"])
 def test_a_poisoned_gradient_never_becomes_the_reference(make_mlp, poison, caller_norm):
     model = make_mlp()
-    probe = Probe(torch.optim.SGD(model.parameters(), lr=0.0))
+    probe = Measuring(torch.optim.SGD(model.parameters(), lr=0.0))
     probe.measure(backward(model, 0), caller_norm)
     loss = backward(model, 1)
     model[0].weight.grad[0, 0] = poison
@@ -221,7 +222,7 @@ def test_a_poisoned_gradient_never_becomes_the_reference(make_mlp, poison, calle
 def test_a_non_finite_loss_is_flagged_and_reads_missing(make_mlp, loss):
     model = make_mlp()
     backward(model, 0)
-    values = Probe(torch.optim.SGD(model.parameters(), lr=0.1)).measure(loss, None)
+    values = Measuring(torch.optim.SGD(model.parameters(), lr=0.1)).measure(loss, None)
     assert values["nonfinite"] == 1.0
     assert math.isnan(values["loss"])
     assert math.isfinite(values["grad_norm"])
@@ -235,7 +236,7 @@ def test_sparse_gradients_measure_like_dense_ones():
         torch.manual_seed(0)
         embedding = torch.nn.Embedding(20, 4, sparse=sparse)
         optimizer = torch.optim.SGD(embedding.parameters(), lr=0.5)
-        probe = Probe(optimizer)
+        probe = Measuring(optimizer)
         for _ in range(3):
             optimizer.zero_grad()
             embedding(torch.tensor([1, 1, 5, 7])).square().sum().backward()
@@ -248,7 +249,7 @@ def test_sparse_gradients_measure_like_dense_ones():
 def test_parameters_without_gradient_or_state_are_passed_over(make_mlp):
     model, idle = make_mlp(), torch.nn.Parameter(torch.ones(6, 6))
     with_idle = torch.optim.AdamW([*model.parameters(), idle], lr=1e-2, betas=BETAS, eps=EPS)
-    probe, reference = Probe(with_idle), Reference(model, with_idle)
+    probe, reference = Measuring(with_idle), Reference(model, with_idle)
     for step in range(3):
         loss = backward(model, step)
         expected = reference.measure()
@@ -262,7 +263,7 @@ def test_parameters_without_gradient_or_state_are_passed_over(make_mlp):
 def test_frozen_parameters_do_not_dilute_the_ratio_and_join_when_unfrozen(make_mlp):
     model, backbone = make_mlp(), torch.nn.Parameter(torch.full((50, 50), 10.0), requires_grad=False)
     optimizer = torch.optim.SGD([*model.parameters(), backbone], lr=0.1)
-    probe, reference = Probe(optimizer), Reference(model, optimizer)
+    probe, reference = Measuring(optimizer), Reference(model, optimizer)
     loss = backward(model, 0)
     reference.measure()
     measured_step(probe, optimizer, loss)
@@ -276,7 +277,7 @@ def test_frozen_parameters_do_not_dilute_the_ratio_and_join_when_unfrozen(make_m
 def test_a_group_added_in_mid_run_joins_the_sample(make_mlp):
     model, other = make_mlp(), torch.nn.Parameter(torch.full((10, 10), 100.0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    probe = Probe(optimizer)
+    probe = Measuring(optimizer)
     measured_step(probe, optimizer, backward(model, 0))
     optimizer.add_param_group({"params": [other]})
     measured_step(probe, optimizer, backward(model, 1))
@@ -284,13 +285,13 @@ def test_a_group_added_in_mid_run_joins_the_sample(make_mlp):
 
 
 def test_no_gradient_and_no_loss_measure_nothing(make_mlp):
-    assert Probe(torch.optim.SGD(make_mlp().parameters(), lr=0.1)).measure(None, None) == {}
+    assert Measuring(torch.optim.SGD(make_mlp().parameters(), lr=0.1)).measure(None, None) == {}
 
 
 def test_vectors_are_sampled_where_there_is_no_matrix():
     p = torch.nn.Parameter(torch.ones(10))
     optimizer = torch.optim.SGD([p], lr=0.1)
-    probe = Probe(optimizer)
+    probe = Measuring(optimizer)
     p.grad = torch.ones(10)
     measured_step(probe, optimizer)
     assert probe.measure(None, None)["update_ratio"] == pytest.approx(0.1)
@@ -299,7 +300,7 @@ def test_vectors_are_sampled_where_there_is_no_matrix():
 def test_every_optimizer_is_measured_and_none_is_disturbed(make_optimizer, make_mlp):
     model = make_mlp()
     optimizer = make_optimizer(model.parameters())
-    probe = Probe(optimizer)
+    probe = Measuring(optimizer)
     for step in range(3):
         values = measured_step(probe, optimizer, backward(model, step))
     expected = {"loss", "grad_norm", "grad_entropy", "grad_cosine", "update_ratio", "weight_rms", "nonfinite"}
@@ -311,7 +312,7 @@ def test_every_optimizer_is_measured_and_none_is_disturbed(make_optimizer, make_
 def test_closure_style_optimizers_do_not_crash(make_mlp):
     model = make_mlp()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
-    probe = Probe(optimizer)
+    probe = Measuring(optimizer)
     for step in range(3):
         probe.measure(None, None)
         probe.before_step()
@@ -323,7 +324,7 @@ def test_closure_style_optimizers_do_not_crash(make_mlp):
 def test_half_precision_weights_are_measured_in_full():
     p = torch.nn.Parameter(torch.ones(16, 16, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD([p], lr=0.5)
-    probe = Probe(optimizer)
+    probe = Measuring(optimizer)
     p.grad = torch.full((16, 16), 0.25, dtype=torch.bfloat16)
     values = measured_step(probe, optimizer)
     assert values["grad_norm"] == pytest.approx(4.0)
@@ -336,7 +337,7 @@ def test_half_precision_weights_are_measured_in_full():
 def test_state_round_trip_measures_alike_from_there_on(make_mlp, tmp_path):
     model = make_mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    original, restored = Probe(optimizer), Probe(optimizer)
+    original, restored = Measuring(optimizer), Measuring(optimizer)
     for step in range(3):
         measured_step(original, optimizer, backward(model, step))
     torch.save(original.state_dict(), tmp_path / "probe.pt")

@@ -9,9 +9,9 @@ import torch
 
 from lbw_rl.envs.model import ModelError, build_model, parameter_count
 from lbw_rl.envs.optim import build_optimizer, build_scheduler, schedule_multiplier
-from lbw_rl.envs.random_state import capture_random_state, restore_random_state
 from lbw_rl.envs.recipe import ModelSpec, OptimizerSpec, RecipeError, ScheduleSpec, load_recipe, override
 from lbw_rl.envs.task import TrainingTask
+from lbw_rl.random_state import capture_random_state, restore_random_state
 
 pytest.importorskip("transformers", reason="needs the extra lbw-rl[hf]")
 
