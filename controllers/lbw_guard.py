@@ -124,6 +124,11 @@ class LBWGuard(Controller):
         self._fast_loss, self._best_loss = ExponentialMean(4), math.inf
         self._loss = ExponentialMean(20)
 
+    def rolled_back(self) -> None:
+        """Goes on with half the caution factor that the good state had: what came after it led astray."""
+        self._caution = max(0.1, self._caution / 2)
+        self._reset_detectors()
+
     def _skip(self, regime: str, evidence: dict[str, float]) -> Action:
         return Action(lr_scale=self._last_scale, directive=Directive.SKIP, regime=regime, evidence=evidence)
 

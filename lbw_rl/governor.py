@@ -104,9 +104,9 @@ class Governor:
             raise ValueError(f"total_steps: {total_steps} must be at least 1, or None if unknown")
         if decide_every < 1:
             raise ValueError(f"decide_every: {decide_every} must be at least 1")
+        self.optimizer = optimizer = _unwrapped(optimizer)
         if mode not in ("off", "shadow") and optimizer in _GOVERNED:
             raise ValueError("optimizer: another governor governs it; accepted: close() that one first")
-        self.optimizer = optimizer
         self.controller = load_controller(controller)
         self.authority = authority or Authority()
         self.context = Context(
@@ -487,9 +487,8 @@ class Governor:
         self._actuator.restore()
         if self._hooks is not None:
             self._hooks.remove()
-            if self.mode != "shadow":
-                _GOVERNED.discard(self.optimizer)
-            self._hooks = None
+        if self._measurement is not None and self.mode != "shadow":
+            _GOVERNED.discard(self.optimizer)
         if self._measurement is not None:
             self._measurement.close()
             self._measurement = None
@@ -511,9 +510,19 @@ HEALTHY_REGIMES = frozenset({"steady", "calibrating", "annealing", "raising", "h
 """Regimes in which a state may be kept as the last good one."""
 
 
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer whose hooks fire: Accelerate's and Lightning's wrappers only pass their steps on."""
+    while type(optimizer).__name__ in ("AcceleratedOptimizer", "LightningOptimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer: {type(optimizer).__name__} is none; accepted: a torch.optim.Optimizer")
+    return optimizer
+
+
 def _scheduled_lr(optimizer: torch.optim.Optimizer) -> float:
     lr = optimizer.param_groups[0].get("lr", NAN)
-    return float(lr)
+    on_device = isinstance(lr, torch.Tensor) and lr.device.type != "cpu"
+    return NAN if on_device else float(lr)  # the probe brings it along without a sync
 
 
 def _for_rank(ledger: str | Path | None, rank: int) -> Path | None:

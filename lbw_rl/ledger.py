@@ -80,6 +80,50 @@ class Ledger:
         self._file.close()
 
 
+def truncate_ledger(path: str | Path, step: int) -> int:
+    """Drops what a ledger says of `step` and later, and torn lines, so that a resumed run writes each step once.
+
+    The lines that stay keep their bytes; the headers stay.
+
+    Args:
+        path: the ledger; where it is missing, nothing is done.
+        step: the first step that will be written again.
+
+    Returns:
+        How many lines were dropped.
+
+    Raises:
+        OSError: the disk is full or gone; the ledger is as it was.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return 0
+    temporary = path.with_name(path.name + ".tmp")
+    dropped = 0
+    try:
+        with path.open("rb") as file, temporary.open("wb") as kept:
+            for line in file:
+                if _comes_before(line, step):
+                    kept.write(line)
+                else:
+                    dropped += 1
+            kept.flush()
+            os.fsync(kept.fileno())
+        if dropped:
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return dropped
+
+
+def _comes_before(line: bytes, step: int) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:  # neither JSON nor text
+        return False
+    return line.endswith(b"\n") and isinstance(record, dict) and record.get("step", -1) < step
+
+
 def read_ledger(path: str | Path) -> Iterator[dict[str, Any]]:
     """The records of a ledger in order; a last line torn by a kill is passed over.
 

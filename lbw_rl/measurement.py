@@ -195,10 +195,10 @@ class Measurement:
             joined["steps_taken"] = column["steps_taken"][seen["steps_taken"]][:1]
         with np.errstate(all="ignore"):
             latest = np.where(seen["step_loss"], column["step_loss"], column["loss"])
-            bad = seen["loss"] & ~np.isfinite(latest)
+            bad = lost = seen["loss"] & ~np.isfinite(latest)
             for name in ("norm", "shard_norm"):
-                bad |= seen[name] & ~np.isfinite(column[name])
-            bad |= seen["found_inf"] & (column["found_inf"] > 0)
+                bad = bad | (seen[name] & ~np.isfinite(column[name]))
+            bad = bad | seen["found_inf"] & (column["found_inf"] > 0)
             if seen["loss"].any():
                 signals["loss"] = float(column["loss"][seen["loss"]].astype(np.float64).mean())
             norms = np.concatenate([column[name][seen[name]] for name in ("norm", "shard_norm")]).astype(np.float64)
@@ -215,7 +215,9 @@ class Measurement:
         if self._clock_and_device:
             signals["collective_seconds"] = self.exchange.seconds
         self._add_sampled(signals, joined, due)
-        return Measured(_telemetry(signals), tuple(np.flatnonzero(bad).tolist()), votes, self.late)
+        # One rank's loss has poisoned the gradients of all: it is the one to look at.
+        guilty = lost if lost.any() else bad
+        return Measured(_telemetry(signals), tuple(np.flatnonzero(guilty).tolist()), votes, self.late)
 
     def _add_sampled(self, signals: dict[str, float], values: Mapping[str, Vector], due: _Pending | None) -> None:
         if due is None or due.packed is None:

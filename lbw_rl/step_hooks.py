@@ -33,6 +33,7 @@ class StepHooks:
     ) -> None:
         self._begin, self._again, self._end = begin, again, end
         self._stepping: FrameType | None = None  # the optimizer's step that is under way
+        self._active = True
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -41,7 +42,7 @@ class StepHooks:
     def _before(
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._within_step():
+        if not self._active or self._within_step():
             return None
         self._stepping = sys._getframe(1)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -71,17 +72,24 @@ class StepHooks:
         if sys._getframe(1) is not self._stepping:
             return
         self._stepping = None
-        self._end()
+        if self._active:
+            self._end()
 
     def _within_step(self) -> bool:
-        """Whether this hook runs inside the step at hand; a step that raised is told apart by having left the stack."""
-        frame: FrameType | None = sys._getframe(2) if self._stepping is not None else None
+        """Whether a step is under way; one that raised is told apart by having left the stack."""
+        frame: FrameType | None = sys._getframe(1) if self._stepping is not None else None
         while frame is not None and frame is not self._stepping:
             frame = frame.f_back
         return frame is not None
 
     def remove(self) -> None:
-        """Takes the hooks off. Safe within a step and to call twice."""
+        """Takes the hooks off; safe to call twice.
+
+        Within a step torch is iterating over them, so they only fall silent; a later call takes them off.
+        """
+        self._active = False
+        if self._within_step():
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []

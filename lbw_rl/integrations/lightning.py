@@ -1,0 +1,277 @@
+"""The governor as a callback of Lightning's `Trainer`."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lbw_rl.authority import Authority
+from lbw_rl.controller import Controller
+from lbw_rl.governor import Governor
+from lbw_rl.registry import load_controller
+from lbw_rl.snapshot import Stateful
+from lbw_rl.stages import Mode, check_mode
+
+
+def _lightning() -> str:
+    """The name under which the program uses Lightning 2; each of the two refuses the other's callbacks.
+
+    Raises:
+        ModuleNotFoundError: it is installed under neither.
+    """
+    names = ("lightning.pytorch", "pytorch_lightning")
+    for name in sorted(names, key=lambda name: name not in sys.modules):  # the one that is in use, else the newer one
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as e:
+            if e.name not in (name, name.partition(".")[0]):
+                raise  # it is there, and lacks something itself
+        else:
+            return name
+    raise ModuleNotFoundError(
+        "lbw_rl.integrations.lightning needs Lightning 2: pip install lightning", name="lightning"
+    )
+
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+else:
+    _NAME = _lightning()
+    Callback = importlib.import_module(_NAME).Callback
+    MisconfigurationException = importlib.import_module(f"{_NAME}.utilities.exceptions").MisconfigurationException
+
+log = logging.getLogger("lbw_rl")
+
+
+class GovernorCallback(Callback):
+    """`Trainer(callbacks=[GovernorCallback("lbw-guard")])`: governs the optimizer of `configure_optimizers`.
+
+    It attaches when training begins. One optimizer step is one step, in automatic and in manual optimization and under
+    `accumulate_grad_batches`. The loss is the one that is back-propagated (in manual optimization by
+    `manual_backward`), one for each call, before Lightning divides or scales it; the gradient norm is the one before
+    `gradient_clip_val`. Validation, the sanity check included, goes unseen. Lightning's scheduler and gradient scaler go
+    back with a rollback. Lightning's checkpoints hold the governor: a training that is resumed with `ckpt_path` decides
+    as the one that was not interrupted; the checkpoint of an ungoverned training can be resumed with a governor too.
+
+    The signals, the executed scales and the counts of skips and rollbacks go to the Trainer's loggers as `governor/…`,
+    every `log_every_n_steps`; the progress bar and `callback_metrics` stay the user's own.
+
+    Args:
+        controller: a name, a `Controller`, or the folder of a frozen policy.
+        total_steps: as in `Governor`; None: what the Trainer estimates, where it can.
+        stateful: name → what a rollback puts back besides weights, buffers, optimizer, scheduler and scaler.
+        device_index: which GPU NVML reads; None: the one that Lightning trains on.
+        authority, mode, ledger, decide_every, seed, snapshot_bytes, control, kill_signal, measure_device, late,
+        process_group, collective_timeout: as in `Governor`.
+
+    Raises:
+        ValueError: an unknown controller or mode; from `Trainer.fit`: several optimizers, or one that is no
+            `torch.optim.Optimizer`, or an option that `Governor` refuses.
+
+    Attributes:
+        governor: the attached `Governor`; None before training begins. After it, `governor.summary()` stays readable.
+    """
+
+    def __init__(
+        self,
+        controller: str | Path | Controller = "lbw-guard",
+        *,
+        authority: Authority | None = None,
+        total_steps: int | None = None,
+        mode: Mode = "govern",
+        ledger: str | Path | None = None,
+        decide_every: int = 1,
+        seed: int = 0,
+        stateful: Mapping[str, Stateful] | None = None,
+        snapshot_bytes: int = 2 << 30,
+        control: str | Path | None = None,
+        kill_signal: int | None = None,
+        measure_device: bool = True,
+        device_index: int | None = None,
+        late: bool | None = None,
+        process_group: Any = None,
+        collective_timeout: float = 600.0,
+    ) -> None:
+        super().__init__()
+        self.controller = load_controller(controller)
+        self._total_steps, self._stateful, self._device_index = total_steps, dict(stateful or {}), device_index
+        self._options: dict[str, Any] = {
+            "authority": authority,
+            "mode": check_mode(mode),
+            "ledger": ledger,
+            "decide_every": decide_every,
+            "seed": seed,
+            "snapshot_bytes": snapshot_bytes,
+            "control": control,
+            "kill_signal": kill_signal,
+            "measure_device": measure_device,
+            "late": late,
+            "process_group": process_group,
+            "collective_timeout": collective_timeout,
+        }
+        self.governor: Governor | None = None
+        self._attached = False
+        self._scaler: Any = None
+        self._step = 0  # after the last batch
+        self._loaded: dict[str, Any] | None = None  # from a checkpoint, until the optimizer has been restored
+        self._final: dict[str, Any] = {}  # what a checkpoint after the training holds
+
+    @property
+    def state_key(self) -> str:
+        """A checkpoint is resumed by the same controller; another one starts anew, at the step that is reached."""
+        return self._generate_state_key(controller=self.controller.name)
+
+    # --- attaching and letting go --------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets a state that an earlier `validate` or `test` has read from its checkpoint."""
+        self._loaded = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attaches to the optimizer, whose own state Lightning has restored by now."""
+        self._let_go()
+        optimizer = _only_optimizer(trainer)
+        self._scaler = getattr(trainer.precision_plugin, "scaler", None)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        stateful = {"scheduler" if i == 0 else f"scheduler {i}": s for i, s in enumerate(schedulers)}
+        if self._scaler is not None:
+            stateful["scaler"] = self._scaler
+        index = self._device_index
+        if index is None and trainer.strategy.root_device.type == "cuda":
+            index = trainer.strategy.root_device.index
+        self.governor = Governor(
+            optimizer,
+            self.controller,
+            model=pl_module,
+            total_steps=self._total_steps or _planned_steps(trainer),
+            stateful={**stateful, **self._stateful},
+            device_index=index,
+            **self._options,
+        )
+        self._attached = True
+        if self._loaded is not None:
+            self.governor.load_state_dict(self._loaded)
+            self._loaded = None
+        else:
+            self.governor.step = trainer.global_step  # of a training that began without us: its horizon goes on
+        self._step = self.governor.step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets go of the optimizer."""
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lets go of the optimizer."""
+        self._let_go()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lets go of the optimizer, if that has not happened yet."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self.governor is None or not self._attached:
+            return
+        self._attached = False
+        self._final = self.governor.state_dict()  # Lightning may write one more checkpoint
+        self.governor.close()
+
+    # --- what it sees ----------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Counts the batch's tokens, if it holds any."""
+        if self.governor is not None:
+            self.governor.observe(tokens=_tokens(batch))
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        """Takes in the loss, as it was before Lightning scaled it and divided it by the batches it accumulates."""
+        if self.governor is None:
+            return
+        loss = loss.detach()
+        if self._scaler is not None and self._scaler.is_enabled():
+            loss = loss / self._scaler._scale  # its `get_scale` would wait for the device
+        if pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1:
+            loss = loss * trainer.accumulate_grad_batches
+        self.governor.observe(loss)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs, when it is due and this batch brought an optimizer step."""
+        governor = self.governor
+        if governor is None or governor.step == self._step:
+            return
+        self._step = governor.step
+        axis = _logging_step(trainer)
+        if axis is None or governor.mode == "off" or not trainer.loggers:
+            return
+        summary = governor.summary()
+        values = {
+            **governor.last_telemetry.as_dict(),
+            "lr_scale": governor.executed.lr_scale,
+            "momentum_scale": governor.executed.momentum_scale,
+            "skips": summary["skips"],
+            "rollbacks": summary["rollbacks"],
+        }
+        del values["step"]  # the loggers have their own
+        metrics = {f"governor/{name}": float(value) for name, value in values.items() if math.isfinite(value)}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=axis)
+
+    # --- checkpoints -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The governor's state, for Lightning's checkpoint."""
+        if self.governor is not None and self._attached:
+            return self.governor.state_dict()
+        return self._loaded or self._final
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the state until training starts: Lightning calls this before there is an optimizer."""
+        self._loaded = state_dict
+
+
+def _only_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
+    optimizers: list[Any] = trainer.optimizers
+    if len(optimizers) != 1:
+        raise ValueError(f"optimizers: configure_optimizers made {len(optimizers)}; accepted: 1")
+    optimizer = optimizers[0]
+    if "_optimizer_step_pre_hooks" not in vars(optimizer):  # a `LightningOptimizer`, which imitates the class it wraps
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer: {type(optimizer).__name__}; accepted: a torch.optim.Optimizer")
+    return optimizer
+
+
+def _logging_step(trainer: Any) -> int | None:
+    """Where on the axis of Lightning's own logging this batch is; None where it does not log."""
+    step: int = trainer.fit_loop.epoch_loop._batches_that_stepped  # as in `LearningRateMonitor`; nothing public says it
+    every: int = trainer.log_every_n_steps
+    return step if every and (step + 1) % every == 0 else None
+
+
+def _planned_steps(trainer: Trainer) -> int | None:
+    try:
+        steps = trainer.estimated_stepping_batches
+    except MisconfigurationException as e:  # the number of accumulated batches changes with the epoch
+        log.info("total_steps is unknown: %s", e)
+        return None
+    return int(steps) if 0 < steps < math.inf else None  # a stream of unknown length reads as -1 or infinite
+
+
+def _tokens(batch: Any) -> int | None:
+    """How many token ids a batch holds: its `input_ids`, or a tensor of integers that comes first."""
+    if isinstance(batch, Mapping):
+        batch = batch.get("input_ids")
+    elif isinstance(batch, list | tuple) and batch:
+        batch = batch[0]
+    if isinstance(batch, torch.Tensor) and batch.dtype in (torch.int32, torch.int64):
+        return batch.numel()
+    return None
