@@ -29,9 +29,10 @@ class LBWGuard(Controller):
     |---|---|---|
     | non-finite | loss or gradient norm NaN or infinite | skip |
     | gradient-burst | gradient norm > 8 deviations above and > 5 × its mean | skip |
+    | bad-batch | loss > 12 deviations and > 1 nat above its mean, at most ten times in a row | skip |
     | diverged | fast mean loss > best + `damage` nats, for a while | rollback (where permitted), caution ÷ 2 |
     | loss-spike | loss > 6 deviations above its mean | caution ÷ 2 |
-    | overshoot | surprise > 2.5: the second moment lags the gradient | caution ÷ 2 |
+    | overshoot | surprise > 2.5: the second moment lags the gradient | caution ÷ 2 once, at the onset |
     | calibrating | no update measured yet | scale 1 |
     | holding-back / raising | scale needed is < 1/2 / > 2 | r* |
     | annealing | progress > 0.7 | r* |
@@ -64,6 +65,8 @@ class LBWGuard(Controller):
         self._fast_loss = ExponentialMean(4)
         self._best_loss = math.inf
         self._lost = 0
+        self._bad_batches = 0  # in a row
+        self._overshooting = False
         self._caution = 1.0
         self._last_scale = 1.0
 
@@ -78,9 +81,17 @@ class LBWGuard(Controller):
             # The burst enters the baseline clamped: a lasting change of level is learned, one outlier hardly shows.
             self._grad_norm.update(2 * self._grad_norm.mean)
             return self._skip("gradient-burst", evidence)
+        if self._is_bad_batch(t.loss) and self._bad_batches < 10:
+            # Nothing of it enters a baseline. If the weights are to blame, the tenth skip ends, and the alarms take over.
+            self._bad_batches += 1
+            return self._skip("bad-batch", {"loss": t.loss, "mean": self._loss.mean})
+        self._bad_batches = 0 if not self._is_bad_batch(t.loss) else self._bad_batches
         alarm, evidence = self._alarm(t)
         self._grad_norm.update(t.grad_norm)
-        if alarm:
+        # While v lags, the inner loop holds the update itself; cutting at every step would only add to that.
+        lasting = alarm == "overshoot" and self._overshooting
+        self._overshooting = alarm == "overshoot"
+        if alarm and not lasting:
             self._caution = max(0.1, self._caution / 2)
         else:
             self._caution = min(1.0, self._caution * 1.1)
@@ -98,6 +109,10 @@ class LBWGuard(Controller):
     def _is_burst(self, grad_norm: float) -> bool:
         baseline = self._grad_norm
         return baseline.count >= 10 and baseline.score(grad_norm) > 8 and grad_norm > 5 * baseline.mean
+
+    def _is_bad_batch(self, loss: float) -> bool:
+        baseline = self._loss
+        return baseline.count >= 10 and baseline.score(loss, floor=0.02) > 12 and loss > baseline.mean + 1.0
 
     def _alarm(self, t: Telemetry) -> tuple[str | None, dict[str, float]]:
         """The instability that the signals show, if any; healthy losses enter the baseline."""
@@ -147,6 +162,8 @@ class LBWGuard(Controller):
             "fast_loss": self._fast_loss.state_dict(),
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
             "lost": self._lost,
+            "bad_batches": self._bad_batches,
+            "overshooting": self._overshooting,
             "caution": self._caution,
             "last_scale": self._last_scale,
         }
@@ -159,6 +176,7 @@ class LBWGuard(Controller):
         self._fast_loss.load_state_dict(state["fast_loss"])
         self._best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
         self._lost, self._caution, self._last_scale = state["lost"], state["caution"], state["last_scale"]
+        self._bad_batches, self._overshooting = state["bad_batches"], state["overshooting"]
 
 
 def _tracking(scale: float, progress: float) -> str:
