@@ -73,7 +73,7 @@ class Actuator:
             wanted.setdefault(id(group.get("lr")), set()).add(scale)
         done: set[int] = set()
         for group, scale in scaled:
-            lr = group.get("lr")
+            lr: Any = group.get("lr")
             if isinstance(lr, torch.Tensor) and len(wanted[id(lr)]) == 1:
                 if scale != 1.0 and id(lr) not in done:
                     done.add(id(lr))

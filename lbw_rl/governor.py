@@ -155,7 +155,7 @@ class Governor:
             scaler=self._stateful.get("scaler"),
         )
         self._switch = Switch(control, kill_signal)
-        self._hooks = StepHooks(optimizer, self._begin, self._again, self._end)
+        self._hooks = StepHooks(optimizer, self._hold, self._begin, self._again, self._end)
         if mode != "shadow":
             _GOVERNED.add(optimizer)
 
@@ -211,6 +211,16 @@ class Governor:
         return self._ahead.telemetry
 
     # --- around the step ---------------------------------------------------------------------------------
+
+    def _hold(self) -> None:
+        """LBFGS reads its rate before its closure brings the gradients that a decision needs: it gets the last one's."""
+        if not isinstance(self.optimizer, torch.optim.LBFGS):
+            return
+        try:
+            self._actuator.apply(self._held)
+        except Exception as e:
+            self._fault("actuator", e)
+            self._actuator.restore()
 
     def _begin(self, closure_result: Any) -> None:
         start = time.perf_counter()

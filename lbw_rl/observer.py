@@ -113,6 +113,7 @@ class Observer:
         if self._hook is not None:
             self._hook.remove()
 
+    @torch.compiler.disable
     def _on_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return  # an evaluation in the middle of a window is no training signal

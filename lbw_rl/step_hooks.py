@@ -19,6 +19,7 @@ class StepHooks:
 
     Args:
         optimizer: to hook into.
+        hold: called before a step with a closure, for optimizers that read their rate before they call it.
         begin: called with the closure's result, None without a closure.
         again: called after each further call of the same closure, as line searches make them.
         end: called after the step.
@@ -27,16 +28,17 @@ class StepHooks:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
+        hold: Callable[[], None],
         begin: Callable[[Any], None],
         again: Callable[[], None],
         end: Callable[[], None],
     ) -> None:
-        self._begin, self._again, self._end = begin, again, end
+        self._hold, self._begin, self._again, self._end = hold, begin, again, end
         self._stepping: FrameType | None = None  # the optimizer's step that is under way
         self._active = True
         self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
         ]
 
     def _before(
@@ -44,11 +46,12 @@ class StepHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self._active or self._within_step():
             return None
-        self._stepping = sys._getframe(1)
+        self._stepping = _step_frame()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._begin(None)
             return None
+        self._hold()
         if "closure" in kwargs:
             return args, {**kwargs, "closure": self._beginning_after(closure)}
         return (args[0], self._beginning_after(closure), *args[2:]), kwargs
@@ -69,7 +72,7 @@ class StepHooks:
         return call
 
     def _after(self, *_: Any) -> None:
-        if sys._getframe(1) is not self._stepping:
+        if _step_frame() is not self._stepping:
             return
         self._stepping = None
         if self._active:
@@ -93,3 +96,11 @@ class StepHooks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def _step_frame() -> FrameType | None:
+    """The frame that called the hook: the optimizer's step, past the wrapper that keeps dynamo out of the hook."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("torch._dynamo"):
+        frame = frame.f_back
+    return frame

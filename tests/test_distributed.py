@@ -1,6 +1,8 @@
 """Governed runs over real processes: torchrun, gloo, DDP and FSDP2, against the same run in one process."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -120,10 +122,11 @@ def test_a_dead_rank_is_a_clear_error_within_the_stated_time(tmp_path, how):
     """SIGKILL closes the connection; SIGSTOP leaves it silent, and the time-out of 5 s decides."""
     out = tmp_path / how
     out.mkdir()
+    environment = _environment()
     processes = [
         subprocess.Popen(
             [sys.executable, str(WORKER), "alone-under-gloo", "dead-rank", str(out)],
-            env={**_environment(tmp_path), "RANK": str(rank), "WORLD_SIZE": "2"},
+            env={**environment, "RANK": str(rank), "WORLD_SIZE": "2"},
         )
         for rank in range(2)
     ]
@@ -139,10 +142,7 @@ def test_a_dead_rank_is_a_clear_error_within_the_stated_time(tmp_path, how):
     assert seconds < 60  # five are stated; a busy machine may take its time to say so
 
 
-def _environment(tmp_path):
-    import os
-    import socket
-
+def _environment():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -82,6 +82,7 @@ def test_malformed_files_are_refused(tmp_path):
         ("optimizer.grad_clip=none", "optimizer.grad_clip", None),
         ("train.threads=1", "train.threads", 1),
         ("train.threads=none", "train.threads", None),
+        ("train.measure_device=false", "train.measure_device", False),
         ("model.tie_embeddings=false", "model.tie_embeddings", False),
         ("data.corpus=books/a=b.txt", "data.corpus", "books/a=b.txt"),
         ('name="quoted"', "name", "quoted"),

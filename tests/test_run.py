@@ -210,11 +210,12 @@ def in_the_middle_of_a_ledger_line():
 
 def in_the_middle_of_a_checkpoint():
     save = torch.save
-    def torn(state, path):
-        if state["task"]["step"] == 15:
-            path.write_bytes(b"half a checkpoint")
+    def torn(content, file):
+        if content["step"] == 15:
+            file.write(b"half a checkpoint")
+            file.flush()
             die()
-        save(state, path)
+        save(content, file)
     torch.save = torn
     run(recipe, out, resume=True)
 
@@ -253,7 +254,13 @@ def test_a_run_killed_at_any_point_equals_the_uninterrupted_one(recipe, tmp_path
     assert timeless(tmp_path / "killed") == timeless(tmp_path / "straight")
     assert resumed["final_loss"] == straight["final_loss"]
     assert straight["governor"]["interventions"] > 0  # there was something to get wrong
-    assert not (tmp_path / "killed/checkpoint.pt").exists()
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == [
+        "ledger.jsonl",
+        "metrics.jsonl",
+        "model",
+        "recipe.json",
+        "summary.json",
+    ]
 
 
 class Interruption(Exception):
@@ -336,7 +343,7 @@ def test_another_recipe_is_refused(state, recipe, tmp_path):
 
         with pytest.raises(Interruption):
             run(recipe(*settings), tmp_path, progress=interrupt)
-    assert (tmp_path / "checkpoint.pt").exists() == (state == "checkpointed")
+    assert (tmp_path / "checkpoints").exists() == (state == "checkpointed")
     other = recipe(*settings, "train.seed=1", "controller.name=pid", "controller.options.kp=0.2")
     message = refusal(other, tmp_path, resume=True)
     assert "differs in controller.name, controller.options.kp, train.seed)" in message
@@ -351,7 +358,10 @@ def test_another_mode_is_refused(recipe, tmp_path):
 
 def test_a_bad_mode_or_controller_leaves_nothing_behind(recipe, tmp_path):
     out = tmp_path / "out"
-    assert refusal(recipe(), out, mode="sideways") == "mode: 'sideways' is unknown; accepted: govern, shadow, off"
+    assert (
+        refusal(recipe(), out, mode="sideways")
+        == "mode: 'sideways' is unknown; accepted: off, shadow, skip, lr, govern"
+    )
     assert refusal(recipe("controller.name=nobody"), out).startswith("controller: unknown name 'nobody'; accepted: ")
     assert (
         refusal(recipe("controller.name=pid", "controller.options.kp=-1"), out) == "pid.kp: -1 must be >= 0 and finite"

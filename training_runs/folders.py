@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
 import os
-from collections.abc import Iterator
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("lbw_rl")
 
 
 def prepare_output(folder: str | Path, resume: bool) -> Path:
@@ -38,11 +44,95 @@ def remove_empty(folder: Path) -> None:
             path.rmdir()
 
 
+def sync_folder(folder: Path) -> None:
+    """Puts the names in a folder on disk: a rename survives a power loss only after this.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    if os.name != "posix":  # Windows opens no folders, and its renames are journalled
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON in one atomic replacement."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Writes JSON in one atomic replacement that survives a power loss.
+
+    Raises:
+        OSError: the disk is full or gone; the file is as it was.
+    """
+    _replace_text(path, [json.dumps(value, indent=2).encode() + b"\n"])
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Gives the finished folder `new` the name `folder`, at once; what had that name is removed.
+
+    Raises:
+        OSError: the disk failed; `folder` is as it was, or not there.
+    """
+    for path in (p for p in new.rglob("*") if p.is_file()):
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    sync_folder(new)
+    old = folder.with_name(folder.name + ".old.tmp")  # a folder can only be renamed onto an empty one
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class JsonLines:
+    """A JSONL file that is appended to, a whole line at a time.
+
+    A line that the disk does not take is left out: warned of once, and the run that writes it goes on.
+
+    Args:
+        path: continued if it exists.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("ab", buffering=0)  # nothing stays in memory that a kill would take
+        self._warned = False
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one record."""
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            with contextlib.suppress(OSError):  # half a line would hide those after it
+                self._file.truncate(end)
+            self._warn(e)
+
+    def sync(self) -> None:
+        """Puts on disk what has been written so far."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as e:
+            self._warn(e)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning("%s lacks lines that the disk did not take: %s", self.path.name, error.strerror or error)
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -56,11 +146,66 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             return
 
 
-def truncate_jsonl(path: Path, step: int) -> None:
-    """Drops the records at or after `step`, so that a resumed run writes each of them once."""
+def first_line(path: Path) -> str | None:
+    """The first line of a text file without its end; None where there is no file or no whole line."""
     if not path.exists():
-        return
-    kept = [record for record in read_jsonl(path) if record.get("step", -1) < step]
+        return None
+    with path.open("rb") as file:
+        line = file.readline()
+    return line[:-1].decode(errors="replace") if line.endswith(b"\n") else None
+
+
+def truncate_jsonl(path: Path, step: int, header: str | None = None) -> Counter[str]:
+    """Drops the records at or after `step` and all torn lines, so that a resumed run writes each record once.
+
+    The lines that stay keep their bytes. A header, which is a record without a step, stays once and comes first.
+
+    Args:
+        path: the file; where it is missing, nothing is done.
+        step: the first step that will be written again.
+        header: the line to start with where the file has lost its own.
+
+    Returns:
+        How many records of each `type` were kept ("" for records without one), the header not counted.
+
+    Raises:
+        OSError: the disk is full or gone; the file is as it was.
+    """
+    kept: Counter[str] = Counter()
+    if not path.exists():
+        return kept
+    headers, records = [header.encode() + b"\n"] if header is not None else [], []
+    found = False
+    with path.open("rb") as file:
+        for line in file:
+            record = _whole_record(line)
+            at = record.get("step") if record is not None else "torn"
+            if at is None:
+                headers, found = headers if found else [line], True
+            elif record is not None and isinstance(at, int) and at < step:
+                records.append(line)
+                kept[str(record.get("type", ""))] += 1
+    _replace_text(path, [*headers, *records])
+    return kept
+
+
+def _whole_record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode())
+    except ValueError:  # neither JSON nor text
+        return None
+    return record if line.endswith(b"\n") and isinstance(record, dict) else None
+
+
+def _replace_text(path: Path, lines: list[bytes]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(r, separators=(",", ":")) + "\n" for r in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from lbw_rl.controller import Controller
 from lbw_rl.envs.recipe import Recipe
 from lbw_rl.envs.task import TrainingTask
-from lbw_rl.governor import Governor, Mode
+from lbw_rl.governor import HEALTHY_REGIMES, Governor, Mode
 from lbw_rl.registry import load_controller
-from lbw_rl.training_runs.folders import prepare_output, truncate_jsonl, write_json
+from lbw_rl.stages import check_mode
+from lbw_rl.training_runs.checkpoints import Checkpoints
+from lbw_rl.training_runs.folders import (
+    JsonLines,
+    first_line,
+    prepare_output,
+    replace_folder,
+    truncate_jsonl,
+    write_json,
+)
+from lbw_rl.training_runs.same_run import check_same_mode, check_same_recipe, refuse_former_checkpoint
 
-SUMMARY, METRICS, LEDGER, CHECKPOINT, RECIPE = (
+log = logging.getLogger("lbw_rl")
+
+SUMMARY, METRICS, LEDGER, CHECKPOINTS, RECIPE, MODEL = (
     "summary.json",
     "metrics.jsonl",
     "ledger.jsonl",
-    "checkpoint.pt",
+    "checkpoints",
     "recipe.json",
+    "model",
 )
 
 Progress = Callable[[int, int, float], None]
@@ -36,6 +50,7 @@ Progress = Callable[[int, int, float], None]
 class _Record:
     """What a run knows about itself besides weights and governance."""
 
+    mode: str  # that it was started with: the governor's may have been changed since
     initial_loss: float = math.nan
     seconds: float = 0.0
     train_loss: float = math.nan
@@ -54,13 +69,19 @@ def run(
     """Trains a recipe under its controller.
 
     Writes `recipe.json`, `metrics.jsonl` (training loss each step, held-out loss every `train.eval_every`),
-    `ledger.jsonl`, `checkpoint.pt` every `train.checkpoint_every` steps, and `summary.json` at the end.
+    `ledger.jsonl`, `checkpoints/` every `train.checkpoint_every` steps (the newest two stay until the run is
+    finished), with them `model/` at the end, and `summary.json` last. Killed at any moment and resumed, a run ends
+    with the weights and the decisions of the uninterrupted one, bit for bit (CPU, same number of threads), unless
+    its controller looks at clock or device.
+
+    A checkpoint is put off to the next healthy step while the loss or a weight is not finite or the controller sees
+    an alarm: what a resume starts from is good. A full disk costs checkpoints, not the run.
 
     Args:
         recipe: what to train; `recipe.controller` governs.
         out: output folder.
-        resume: continue from the folder's checkpoint, or from the start where there is none yet; a finished run
-            is returned as it is.
+        resume: continue from the folder's newest good checkpoint, or from the start where there is none; a
+            finished run is returned as it is.
         mode: as in `Governor`.
         controller: an object to govern instead of the recipe's, for experiments.
         progress: told about every step.
@@ -69,21 +90,24 @@ def run(
         The content of `summary.json`: the fields of a results row, and the governor's summary.
 
     Raises:
-        ValueError: an output folder in use, a recipe or mode that differs from the folder's, or unusable settings.
+        ValueError: an output folder in use, a recipe or mode that differs from the folder's, a checkpoint of version
+            0.1.0, or unusable settings.
+        OSError: the disk takes neither the final model nor the summary; a resume goes on from the last checkpoint.
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode: {mode!r} is unknown; accepted: {', '.join(get_args(Mode))}")
+    check_mode(mode)
     governing = controller or load_controller(recipe.controller.name, **recipe.controller.options)
     folder = prepare_output(out, resume)
-    _check_same_recipe(folder, recipe)
+    check_same_recipe(folder / RECIPE, recipe)
     if (folder / SUMMARY).exists():
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        _check_same_mode(folder, summary, mode)
+        check_same_mode(folder, summary, mode)
         return summary
+    refuse_former_checkpoint(folder)
     task = TrainingTask(recipe)
-    record = _Record()
-    checkpoint = torch.load(folder / CHECKPOINT, weights_only=True) if (folder / CHECKPOINT).exists() else None
-    if checkpoint is None:
+    record = _Record(mode)
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    found = checkpoints.newest()
+    if found is None:
         record.initial_loss = task.evaluate()
         if not math.isfinite(record.initial_loss):
             raise ValueError(
@@ -94,11 +118,13 @@ def run(
             (folder / name).unlink(missing_ok=True)  # of an attempt that died before its first checkpoint
         write_json(folder / RECIPE, recipe.model_dump(mode="json"))
     else:
-        _check_same_mode(folder, checkpoint, mode)
-        task.load_state_dict(checkpoint["task"])
-        record = _Record(**checkpoint["record"])
-        for name in (METRICS, LEDGER):
-            truncate_jsonl(folder / name, task.step)
+        check_same_mode(folder, found[1]["record"], mode)
+        task.load_state_dict(found[1]["task"])
+        record = _Record(**found[1]["record"])
+        kept = {
+            METRICS: truncate_jsonl(folder / METRICS, task.step).total(),
+            LEDGER: truncate_jsonl(folder / LEDGER, task.step, found[1]["ledger_header"])["decision"],
+        }
     governor = Governor(
         task.optimizer,
         governing,
@@ -107,16 +133,21 @@ def run(
         mode=mode,
         ledger=folder / LEDGER,
         seed=recipe.train.seed,
+        measure_device=recipe.train.measure_device,
     )
-    if checkpoint is not None:
-        governor.load_state_dict(checkpoint["governor"])
-    with governor, (folder / METRICS).open("a", buffering=1, encoding="utf-8") as metrics:
-        _train(task, governor, record, folder, metrics.write, progress)
+    if found is not None:
+        governor.load_state_dict(found[1]["governor"])
+        _tell_of_lost_lines(kept, {METRICS: task.step, LEDGER: governor.summary()["decisions"]}, task.step)
+        del found  # as large as the model and its optimizer
+    with governor, JsonLines(folder / METRICS) as metrics:
+        _train(task, governor, record, metrics, checkpoints, progress)
+        metrics.sync()
+        governor.flush()
     if recipe.train.checkpoint_every:
-        task.save_pretrained(folder / "model")
-    summary = _summarise(task, governor, record)
+        _save_model(task, folder)
+    summary = _summarise(task, governor, record, checkpoints.failures)
     write_json(folder / SUMMARY, summary)  # last: a folder with a summary is a finished run
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+    checkpoints.clear()
     return summary
 
 
@@ -124,14 +155,15 @@ def _train(
     task: TrainingTask,
     governor: Governor,
     record: _Record,
-    folder: Path,
-    write: Callable[[str], object],
+    metrics: JsonLines,
+    checkpoints: Checkpoints,
     progress: Progress | None,
 ) -> None:
     train = task.recipe.train
     before = record.seconds
     start = time.perf_counter()
     paused = 0.0  # evaluation and bookkeeping do not count as training time
+    put_off = False
     while task.step < task.total_steps:
         step = task.step
         loss, grad_norm = task.backward()
@@ -150,15 +182,42 @@ def _train(
             "lr": base_lr * governor.executed.lr_scale,
             "seconds": round(record.seconds, 6),
         }
-        write(json.dumps(line, separators=(",", ":")) + "\n")
-        if train.checkpoint_every and task.step % train.checkpoint_every == 0 and task.step < task.total_steps:
-            _save_checkpoint(folder, task, governor, record)
+        metrics.write(line)
+        scheduled = bool(train.checkpoint_every) and task.step % train.checkpoint_every == 0
+        if (scheduled or put_off) and task.step < task.total_steps:
+            reason = _unhealthy(task, governor, record.train_loss)
+            if reason is None:
+                # On disk before the checkpoint is: a power loss must not leave one that is ahead of them.
+                metrics.sync()
+                governor.flush()
+                checkpoints.save(task.step, _state(task, governor, record, metrics.path.with_name(LEDGER)))
+            elif not put_off:
+                log.warning("the checkpoint of step %d is put off to the next healthy step: %s", task.step, reason)
+            put_off = reason is not None
         if progress is not None:
             progress(task.step, task.total_steps, record.train_loss)
         paused += time.perf_counter() - stopped
 
 
-def _summarise(task: TrainingTask, governor: Governor, record: _Record) -> dict[str, Any]:
+# What the shipped controllers call a run in trouble. Names that only their controller understands do not count, or
+# a run under it would never be checkpointed; "fault" and "suspended" speak of the governance, not of the run.
+ALARMS = (
+    frozenset({"non-finite", "gradient-burst", "bad-batch", "diverged", "loss-spike", "overshoot"}) - HEALTHY_REGIMES
+)
+
+
+def _unhealthy(task: TrainingTask, governor: Governor, loss: float) -> str | None:
+    """Why the present state must not be what a resume starts from, or None."""
+    if not math.isfinite(loss):
+        return f"the training loss is {loss}"
+    sums = [p.detach().sum(dtype=torch.float32) for p in task.model.parameters()]
+    if not torch.stack(sums).isfinite().all():
+        return "a weight is not finite"
+    regime = governor.last_ruling.action.regime
+    return f"the controller sees {regime!r}" if governor.mode != "off" and regime in ALARMS else None
+
+
+def _summarise(task: TrainingTask, governor: Governor, record: _Record, failures: int) -> dict[str, Any]:
     recipe = task.recipe
     final = task.evaluate()
     # A model that reads text no better than before training is as lost as one full of NaN.
@@ -170,7 +229,7 @@ def _summarise(task: TrainingTask, governor: Governor, record: _Record) -> dict[
         "recipe": recipe.name,
         "optimizer": recipe.optimizer.name + (f"+clip{clip:g}" if clip else ""),
         "controller": recipe.controller.name,
-        "mode": governor.mode,
+        "mode": record.mode,
         "lr_multiplier": recipe.train.lr_multiplier,
         "base_lr": recipe.optimizer.lr,
         "seed": recipe.train.seed,
@@ -187,50 +246,33 @@ def _summarise(task: TrainingTask, governor: Governor, record: _Record) -> dict[
         "rollbacks": governance["rollbacks"],
         "interventions": governance["interventions"],
         "steps_to_target": None,
+        "checkpoint_failures": failures,
         "corpus_sha256": task.corpus_sha256,
         "governor": governance,
     }
 
 
-def _save_checkpoint(folder: Path, task: TrainingTask, governor: Governor, record: _Record) -> None:
-    state = {
+def _state(task: TrainingTask, governor: Governor, record: _Record, ledger: Path) -> dict[str, Any]:
+    return {
         "task": task.state_dict(),
         "governor": governor.state_dict(),
         "record": vars(record),
-        "mode": governor.mode,
+        "ledger_header": first_line(ledger),  # the one line that no later step could write again
     }
-    temporary = folder / (CHECKPOINT + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, folder / CHECKPOINT)
 
 
-def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
-    path = folder / RECIPE
-    if not path.exists():
-        if any(not entry.name.endswith(".tmp") for entry in folder.iterdir()):
-            raise ValueError(f"out: {folder} holds files but no run to resume; accepted: a run's folder, or a new one")
-        return
-    before = _flat(json.loads(path.read_text(encoding="utf-8")))
-    now = _flat(recipe.model_dump(mode="json"))
-    changed = sorted(key for key in {*before, *now} if now.get(key) != before.get(key))
-    if changed:
-        raise ValueError(
-            f"resume: {folder} was started with another recipe (differs in {', '.join(changed)}); "
-            "accepted: the same recipe and settings, or a new --out"
-        )
+def _tell_of_lost_lines(kept: dict[str, int], written: dict[str, int], step: int) -> None:
+    for name, count in written.items():
+        if kept[name] < count:
+            message = "%s holds %d of the %d lines written before step %d: the disk lost the rest, the run goes on"
+            log.warning(message, name, kept[name], count, step)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key → value."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _check_same_mode(folder: Path, saved: dict[str, Any], mode: Mode) -> None:
-    if saved["mode"] != mode:
-        raise ValueError(f"mode: {folder} was started with {saved['mode']!r}; accepted: the same mode, or a new --out")
+def _save_model(task: TrainingTask, folder: Path) -> None:
+    temporary = folder / (MODEL + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was killed while it wrote
+    task.save_pretrained(temporary)
+    replace_folder(temporary, folder / MODEL)
 
 
 def _finite(value: float) -> float | None:

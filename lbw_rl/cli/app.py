@@ -84,7 +84,10 @@ def run(
         Path | None, typer.Option("--out", help="Output folder; default: runs/RECIPE-CONTROLLER.")
     ] = None,
     mode: Annotated[str, typer.Option(help="govern, shadow (decide and log only) or off.")] = "govern",
-    resume: Resume = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the newest good checkpoint in --out, else from the beginning."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe under a controller."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
@@ -23,7 +24,7 @@ from lbw_rl.controller import Controller
 from lbw_rl.governor import Governor, Mode, _for_rank
 from lbw_rl.json_state import from_json, to_json
 from lbw_rl.ledger import truncate_ledger
-from lbw_rl.registry import CONTROLLERS, load_controller
+from lbw_rl.registry import load_controller
 from lbw_rl.sample import is_sharded
 from lbw_rl.stages import check_mode
 
@@ -36,28 +37,26 @@ class GovernorCallback(TrainerCallback, ExportableState):
     """`Trainer(..., callbacks=[GovernorCallback("lbw-guard")])`: governs the Trainer's own optimizer.
 
     It attaches to the optimizer's step hooks when training begins: one optimizer step is one step, whatever the
-    accumulation. The loss of every micro-batch is read from the model's output, before Trainer filters NaN from its
-    log, and the gradient norm from the clipping itself, before it clips. Skips and rollbacks withhold the gradients of
-    the step at hand; a rollback rewinds Trainer's scheduler and scaler with the weights, so that a schedule ends that
-    much short of its end, while `global_step` and the data go on.
+    accumulation. Losses are read from the model's output, micro-batch by micro-batch, before Trainer filters NaN from
+    its log; the gradient norm is that of before clipping. Skips and rollbacks withhold the gradients of the step at
+    hand. A rollback rewinds Trainer's scheduler and scaler with the weights: `global_step` and the data go on, and the
+    schedule ends that much short of its end.
 
-    What Trainer logs with a training loss gains `governor/lr_scale`, `governor/momentum_scale`, `governor/skips`,
-    `governor/rollbacks` and every signal that was measured, for all that it reports to (TensorBoard, trackio, W&B) and
-    in `log_history`. Reporters come before users' callbacks, so this one moves to the front of Trainer's list when
-    training begins; called by anything but Trainer's own handler it stays where it is, and what comes before it does
-    not see its values.
+    Every log of a training loss gains `governor/lr_scale`, `governor/momentum_scale`, `governor/skips`,
+    `governor/rollbacks` and the signals that were measured, for all that Trainer reports to (TensorBoard, trackio, W&B)
+    and in `log_history`. Reporters come before users' callbacks, so this one moves to the front of Trainer's list when
+    training begins; called by anything but Trainer's own handler it stays where it is, unseen by what comes before it.
 
-    Checkpoints hold the governor's state, in `trainer_state.json`. A resumed Trainer decides as the uninterrupted one,
-    and a ledger loses the steps that are taken again. The last good state is too large for that file: after a resume
-    the first healthy decision keeps a new one. With several ranks the state is rank 0's; where measurements lag the
-    decision (`late`) or weights are sharded, the first decision after a resume misses what only other ranks knew. A
-    checkpoint of another controller, or of an ungoverned run, starts the controller anew.
+    Checkpoints hold the governor's state, in `trainer_state.json`: a resumed Trainer decides as the uninterrupted one,
+    and the ledger loses the steps that are taken again. The last good state is too large for that file; after a resume
+    the first healthy decision keeps a new one. With several ranks the state is rank 0's: where measurements lag the
+    decision (`late`) or weights are sharded, the first decision misses what only the other ranks knew. A checkpoint
+    of another controller, or of an ungoverned run, starts the controller anew.
 
-    What does not work: with label smoothing, `compute_loss_func` or a `compute_loss` of your own that does not pass the
-    labels to the model, the model's output has no loss: `loss` is then missing, so that no rule that needs it speaks,
-    and a NaN is noticed by its gradient. DeepSpeed and FSDP1 keep the gradients to themselves and are refused; FSDP2
-    and DDP work. One such callback per Trainer, one ledger per run. An exception in training leaves the governor
-    attached until the next `train()`, or until this callback is gone.
+    What does not work: with label smoothing, `compute_loss_func`, or a `compute_loss` that keeps the labels from the
+    model, the output has no loss. It is then missing: no rule that needs it speaks, and a NaN shows in the gradient
+    only. DeepSpeed and FSDP1 are refused; DDP and FSDP2 work. One such callback per Trainer, one ledger per run. An
+    exception in training leaves the governor attached until the next `train()`, or until this callback is gone.
 
     Args:
         controller: a name, a `Controller`, or the folder of a frozen policy.
@@ -93,19 +92,11 @@ class GovernorCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.controller = load_controller(controller)
         self._name = _rebuildable_name(controller)
-        self._options: dict[str, Any] = {
-            "authority": authority if isinstance(authority, Authority) else Authority(**(authority or {})),
-            "mode": check_mode(mode),
-            "ledger": ledger,
-            "decide_every": decide_every,
-            "seed": seed,
-            "control": control,
-            "kill_signal": kill_signal,
-            "snapshot_bytes": snapshot_bytes,
-            "measure_device": measure_device,
-            "late": late,
-            "collective_timeout": collective_timeout,
-        }
+        rights = authority if isinstance(authority, Authority) else Authority(**(authority or {}))
+        self._options: dict[str, Any] = {"authority": rights, "mode": check_mode(mode), "ledger": ledger, "seed": seed}
+        self._options |= {"decide_every": decide_every, "control": control, "kill_signal": kill_signal, "late": late}
+        self._options |= {"snapshot_bytes": snapshot_bytes, "measure_device": measure_device}
+        self._options |= {"collective_timeout": collective_timeout}
         self.governor: Governor | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -122,30 +113,28 @@ class GovernorCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Attaches to the optimizer that Trainer built, and goes on from a checkpoint's state."""
         self._close()  # a training that raised never came to its end
-        wrapped = kwargs["optimizer"]
-        optimizer, model = _inner_optimizer(wrapped), kwargs.get("model")
-        _refuse_unsupported(optimizer, model)
+        optimizer, model = _unwrapped(kwargs["optimizer"], kwargs.get("model"))
         handler, trainer = _caller(self)
         if handler is not None:  # a new list: the one that is being iterated over stays as it is
             handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
         compiled = getattr(trainer, "model_wrapped", None)
-        parts = {"scheduler": kwargs.get("lr_scheduler"), "scaler": getattr(wrapped, "scaler", None)}
-        seed = self._options["seed"]
+        stateful = {"scheduler": kwargs.get("lr_scheduler"), "scaler": getattr(kwargs["optimizer"], "scaler", None)}
         build = functools.partial(
             Governor,
             optimizer,
             self.controller,
-            model=compiled if hasattr(compiled, "_orig_mod") else model,  # hooks within a compiled graph would break it
+            model=compiled if hasattr(compiled, "_orig_mod") else model,  # hooks inside a graph would not be seen
             total_steps=state.max_steps or None,
-            stateful={name: part for name, part in parts.items() if part is not None},
+            stateful={name: part for name, part in stateful.items() if part is not None},
             device_index=args.device.index if args.device.type == "cuda" else None,
-            **self._options | {"seed": args.seed if seed is None else seed},
+            **self._options | {"seed": args.seed if self._options["seed"] is None else self._options["seed"]},
         )
-        saved = self._state_for(args, state, optimizer)
-        ledger, mode = self._options["ledger"], self._options["mode"]
-        if state.global_step and ledger is not None and mode != "off":
+        states: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
+        saved = self._saved(args, states, optimizer) if state.global_step else None
+        ledger = _for_rank(self._options["ledger"], args.process_index)
+        if state.global_step and ledger is not None and self._options["mode"] != "off":
             try:
-                truncate_ledger(_for_rank(ledger, args.process_index), saved["step"] if saved else state.global_step)
+                truncate_ledger(ledger, saved["step"] if saved else state.global_step)
             except OSError as e:  # fail-open, as every fault of a ledger
                 log.warning("ledger %s: what comes after the checkpoint could not be dropped: %s", ledger, e)
         self.governor = build()
@@ -158,10 +147,9 @@ class GovernorCallback(TrainerCallback, ExportableState):
                 self.governor, saved = build(), None
         if saved is None:
             self.governor.step = state.global_step  # of a resumed training: its horizon goes on, not anew
-        self._release = weakref.finalize(self, self.governor.close)  # hooks must not outlive an abandoned Trainer
-        self._release.atexit = False
+        self._abandoned = weakref.finalize(self, self.governor.close)  # hooks must not outlive a Trainer given up
         # Trainer saves states by name only where there was one before: not so in the checkpoint of an ungoverned run.
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        states.setdefault(type(self).__name__, self.state())
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds what was measured and executed last to what Trainer logs of training."""
@@ -201,11 +189,11 @@ class GovernorCallback(TrainerCallback, ExportableState):
                 log.warning("the checkpoint has no governor's state: %s: %s", type(e).__name__, e)
         return {"args": arguments, "attributes": {}, "controller": self.controller.name, "governor": saved}
 
-    def _state_for(
-        self, args: TrainingArguments, state: TrainerState, optimizer: torch.optim.Optimizer
+    def _saved(
+        self, args: TrainingArguments, states: Mapping[str, Any], optimizer: torch.optim.Optimizer
     ) -> dict[str, Any] | None:
         """The governor's state in the checkpoint that training resumes from, as this rank has to load it."""
-        record = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        record = states.get(type(self).__name__)
         if not isinstance(record, dict) or record.get("governor") is None:
             return None
         if record["controller"] != self.controller.name:
@@ -226,6 +214,7 @@ class GovernorCallback(TrainerCallback, ExportableState):
     def _close(self) -> None:
         if self.governor is not None:
             self.governor.close()
+            self._abandoned.detach()
 
 
 def _rebuildable_name(controller: str | Path | Controller) -> str | None:
@@ -233,40 +222,35 @@ def _rebuildable_name(controller: str | Path | Controller) -> str | None:
     if not isinstance(controller, Controller):
         return str(controller)
     try:
-        same = controller.name in CONTROLLERS and pickle.dumps(controller) == pickle.dumps(
-            load_controller(controller.name)
-        )
-    except Exception:  # a controller of the user's own need not know pickle
+        named = load_controller(controller.name)
+        return controller.name if pickle.dumps(named) == pickle.dumps(controller) else None
+    except Exception:  # a controller of the user's own has no such name, and need not know pickle
         return None
-    return controller.name if same else None
 
 
-def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer whose hooks run, inside Accelerate's wrapper."""
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"optimizer: {type(optimizer).__name__} is no torch.optim.Optimizer; it cannot be governed")
-    return optimizer
-
-
-def _refuse_unsupported(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> None:
-    for module in model.modules() if model is not None else ():
-        if type(module).__module__.startswith("deepspeed") or type(module).__name__ == "FullyShardedDataParallel":
-            raise ValueError(f"model: {type(module).__name__} cannot be governed; accepted: plain, DDP or FSDP2 models")
+def _unwrapped(optimizer: Any, model: Any) -> tuple[torch.optim.Optimizer, torch.nn.Module | None]:
+    """The optimizer whose hooks run, inside Accelerate's wrapper, and the model, if they can be governed."""
+    inner = optimizer
+    while isinstance(inner, AcceleratedOptimizer) and not isinstance(inner, DeepSpeedOptimizerWrapper):
+        inner = inner.optimizer
+    if not isinstance(inner, torch.optim.Optimizer) or isinstance(inner, DeepSpeedOptimizerWrapper):
+        raise ValueError(f"optimizer: {type(inner).__name__} cannot be governed; accepted: any torch.optim.Optimizer")
+    if model is not None and any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise ValueError("model: FullyShardedDataParallel cannot be governed; accepted: plain, DDP and FSDP2 models")
+    return inner, model
 
 
 def _caller(callback: TrainerCallback) -> tuple[CallbackHandler | None, Any]:
-    """The handler that calls `callback`, and its Trainer: neither is among what callbacks are told."""
+    """The handler that calls `callback`, and its Trainer: callbacks are told of neither."""
     handler = None
     frame: FrameType | None = sys._getframe(1)
-    for _ in range(32):
-        if frame is None:
-            break
+    while frame is not None:
         owner = frame.f_locals.get("self")
-        if handler is None and isinstance(owner, CallbackHandler):
-            handler = owner if any(other is callback for other in owner.callbacks) else None
+        if isinstance(owner, CallbackHandler) and any(other is callback for other in owner.callbacks):
+            handler = owner
         elif handler is not None and getattr(owner, "callback_handler", None) is handler:
             return handler, owner
+        elif handler is not None and owner is not handler:
+            break
         frame = frame.f_back
     return handler, None

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lbw_rl.authority import Authority
 from lbw_rl.controller import Controller
-from lbw_rl.governor import Governor
+from lbw_rl.governor import Governor, _for_rank
+from lbw_rl.ledger import truncate_ledger
 from lbw_rl.registry import load_controller
+from lbw_rl.sample import is_sharded
 from lbw_rl.snapshot import Stateful
 from lbw_rl.stages import Mode, check_mode
 
 
-def _lightning() -> str:
-    """The name under which the program uses Lightning 2; each of the two refuses the other's callbacks.
+def _import_lightning() -> ModuleType:
+    """Lightning 2, under the name that the program uses: each of the two refuses the other's callbacks.
 
     Raises:
         ModuleNotFoundError: it is installed under neither.
@@ -29,24 +33,18 @@ def _lightning() -> str:
     names = ("lightning.pytorch", "pytorch_lightning")
     for name in sorted(names, key=lambda name: name not in sys.modules):  # the one that is in use, else the newer one
         try:
-            importlib.import_module(name)
+            return importlib.import_module(name)
         except ModuleNotFoundError as e:
             if e.name not in (name, name.partition(".")[0]):
                 raise  # it is there, and lacks something itself
-        else:
-            return name
-    raise ModuleNotFoundError(
-        "lbw_rl.integrations.lightning needs Lightning 2: pip install lightning", name="lightning"
-    )
+    needs = "lbw_rl.integrations.lightning needs Lightning 2; accepted: pip install lightning"
+    raise ModuleNotFoundError(needs, name="lightning")
 
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 else:
-    _NAME = _lightning()
-    Callback = importlib.import_module(_NAME).Callback
-    MisconfigurationException = importlib.import_module(f"{_NAME}.utilities.exceptions").MisconfigurationException
+    Callback = _import_lightning().Callback
 
 log = logging.getLogger("lbw_rl")
 
@@ -58,8 +56,13 @@ class GovernorCallback(Callback):
     `accumulate_grad_batches`. The loss is the one that is back-propagated (in manual optimization by
     `manual_backward`), one for each call, before Lightning divides or scales it; the gradient norm is the one before
     `gradient_clip_val`. Validation, the sanity check included, goes unseen. Lightning's scheduler and gradient scaler go
-    back with a rollback. Lightning's checkpoints hold the governor: a training that is resumed with `ckpt_path` decides
-    as the one that was not interrupted; the checkpoint of an ungoverned training can be resumed with a governor too.
+    back with a rollback, while `global_step` and the data go on.
+
+    Lightning's checkpoints hold the governor, its last good state included. A training that is resumed with `ckpt_path`
+    decides as the uninterrupted one, and a ledger loses the steps that are taken again. The checkpoint of an ungoverned
+    training, or of another controller, starts the controller anew at the step that is reached. With several ranks the
+    state is rank 0's; where measurements lag the decision (`late`) or weights are sharded, the first decision after a
+    resume misses what only other ranks knew.
 
     The signals, the executed scales and the counts of skips and rollbacks go to the Trainer's loggers as `governor/…`,
     every `log_every_n_steps`; the progress bar and `callback_metrics` stay the user's own.
@@ -136,33 +139,43 @@ class GovernorCallback(Callback):
         self._loaded = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attaches to the optimizer, whose own state Lightning has restored by now."""
+        """Attaches to the optimizer, whose own state Lightning has restored by now, and goes on from a checkpoint."""
         self._let_go()
-        optimizer = _only_optimizer(trainer)
+        optimizers: list[Any] = trainer.optimizers
+        if len(optimizers) != 1:
+            raise ValueError(f"optimizers: configure_optimizers made {len(optimizers)}; accepted: 1")
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        stateful = {"scheduler" if i == 0 else f"scheduler {i}": s for i, s in enumerate(schedulers)}
-        if self._scaler is not None:
-            stateful["scaler"] = self._scaler
-        index = self._device_index
-        if index is None and trainer.strategy.root_device.type == "cuda":
-            index = trainer.strategy.root_device.index
-        self.governor = Governor(
-            optimizer,
+        parts = {"scheduler" if i == 0 else f"scheduler {i}": s for i, s in enumerate(schedulers)}
+        device = trainer.strategy.root_device
+        build = functools.partial(
+            Governor,
+            optimizers[0],
             self.controller,
             model=pl_module,
             total_steps=self._total_steps or _planned_steps(trainer),
-            stateful={**stateful, **self._stateful},
-            device_index=index,
+            stateful={**parts, **({"scaler": self._scaler} if self._scaler is not None else {}), **self._stateful},
+            device_index=device.index if self._device_index is None and device.type == "cuda" else self._device_index,
             **self._options,
         )
-        self._attached = True
-        if self._loaded is not None:
-            self.governor.load_state_dict(self._loaded)
-            self._loaded = None
-        else:
+        saved, self._loaded = self._loaded, None
+        ledger = _for_rank(self._options["ledger"], trainer.global_rank)
+        if trainer.global_step and ledger is not None and self._options["mode"] != "off":
+            try:  # what came after the checkpoint is done again
+                truncate_ledger(ledger, saved["step"] if saved else trainer.global_step)
+            except OSError as e:  # fail-open, as every fault of a ledger
+                log.warning("ledger %s: what comes after the checkpoint could not be dropped: %s", ledger, e)
+        self.governor = build()
+        if saved:
+            try:
+                self.governor.load_state_dict(_for_this_rank(saved, trainer))
+            except Exception as e:  # fail-open: the training resumes, its controller does not
+                log.warning("the governor starts anew, its state could not be restored: %s: %s", type(e).__name__, e)
+                self.governor.close()
+                self.governor, saved = build(), None
+        if not saved:
             self.governor.step = trainer.global_step  # of a training that began without us: its horizon goes on
-        self._step = self.governor.step
+        self._attached, self._step = True, self.governor.step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets go of the optimizer."""
@@ -179,8 +192,8 @@ class GovernorCallback(Callback):
     def _let_go(self) -> None:
         if self.governor is None or not self._attached:
             return
+        self._final = self.state_dict()  # Lightning may write one more checkpoint
         self._attached = False
-        self._final = self.governor.state_dict()  # Lightning may write one more checkpoint
         self.governor.close()
 
     # --- what it sees ----------------------------------------------------------------------------------------
@@ -229,25 +242,33 @@ class GovernorCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The governor's state, for Lightning's checkpoint."""
-        if self.governor is not None and self._attached:
+        if self.governor is None or not self._attached:
+            return self._loaded or self._final
+        try:
+            self.governor.flush()
             return self.governor.state_dict()
-        return self._loaded or self._final
+        except Exception as e:  # fail-open: the checkpoint is the training's before it is ours
+            log.warning("the checkpoint has no governor's state: %s: %s", type(e).__name__, e)
+            return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state until training starts: Lightning calls this before there is an optimizer."""
         self._loaded = state_dict
 
 
-def _only_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
-    optimizers: list[Any] = trainer.optimizers
-    if len(optimizers) != 1:
-        raise ValueError(f"optimizers: configure_optimizers made {len(optimizers)}; accepted: 1")
-    optimizer = optimizers[0]
-    if "_optimizer_step_pre_hooks" not in vars(optimizer):  # a `LightningOptimizer`, which imitates the class it wraps
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"optimizer: {type(optimizer).__name__}; accepted: a torch.optim.Optimizer")
-    return optimizer
+def _for_this_rank(saved: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
+    """The state that rank 0 saved, as this rank has to load it: ranks add up what each of them answers for."""
+    measured = saved["measurement"]
+    if trainer.world_size == 1 or measured is None:
+        return saved
+    sharded = any(is_sharded(p) for group in trainer.optimizers[0].param_groups for p in group["params"])
+    probe = dict(measured["probe"])
+    for name in ("before", "after"):
+        if probe[name] is not None and (sharded or trainer.global_rank):
+            probe[name] = None if sharded else torch.zeros_like(probe[name])
+    # The shards of rank 0 are no other rank's last good state: the first healthy decision keeps a new one.
+    snapshot = None if sharded else saved["snapshot"]
+    return {**saved, "measurement": {**measured, "pending": None, "probe": probe}, "snapshot": snapshot}
 
 
 def _logging_step(trainer: Any) -> int | None:
@@ -258,11 +279,7 @@ def _logging_step(trainer: Any) -> int | None:
 
 
 def _planned_steps(trainer: Trainer) -> int | None:
-    try:
-        steps = trainer.estimated_stepping_batches
-    except MisconfigurationException as e:  # the number of accumulated batches changes with the epoch
-        log.info("total_steps is unknown: %s", e)
-        return None
+    steps = trainer.estimated_stepping_batches
     return int(steps) if 0 < steps < math.inf else None  # a stream of unknown length reads as -1 or infinite
 
 
