@@ -29,7 +29,7 @@ class LBWGuard(Controller):
     |---|---|---|
     | non-finite | loss or gradient norm NaN or infinite | skip |
     | gradient-burst | gradient norm > 8 deviations above and > 5 × its mean | skip |
-    | bad-batch | loss > 12 deviations and > 1 nat above its mean, at most ten times in a row | skip |
+    | bad-batch | loss > 6 deviations and > 1 nat above its mean, at most ten times in a row | skip |
     | diverged | fast mean loss > best + `damage` nats, for a while | rollback (where permitted), caution ÷ 2 |
     | loss-spike | loss > 6 deviations above its mean | caution ÷ 2 |
     | overshoot | surprise > 2.5: the second moment lags the gradient | caution ÷ 2 once, at the onset |
@@ -112,7 +112,7 @@ class LBWGuard(Controller):
 
     def _is_bad_batch(self, loss: float) -> bool:
         baseline = self._loss
-        return baseline.count >= 10 and baseline.score(loss, floor=0.02) > 12 and loss > baseline.mean + 1.0
+        return baseline.count >= 10 and baseline.score(loss, floor=0.02) > 6 and loss > baseline.mean + 1.0
 
     def _alarm(self, t: Telemetry) -> tuple[str | None, dict[str, float]]:
         """The instability that the signals show, if any; healthy losses enter the baseline."""

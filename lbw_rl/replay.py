@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,8 @@ class Replay:
         differing: decisions whose learning-rate scale differs by more than 5 % or whose directive differs.
         regimes: the replayed controller's regime → decisions.
         faults: decisions in which it raised or answered nonsense.
+        passages: where they differ, as stretches of consecutive decisions in one regime with one directive: `first` and
+            `last` step, `regime`, `directive`, and the mean (geometric) of the `recorded` and the `replayed` scale.
         steps: one record per decision: step, recorded and replayed scale, directives and regime.
     """
 
@@ -36,6 +40,7 @@ class Replay:
     differing: int
     regimes: dict[str, int]
     faults: int
+    passages: list[dict[str, Any]]
     steps: list[dict[str, Any]] = field(repr=False)
 
 
@@ -88,6 +93,7 @@ def replay(ledger: str | Path, controller: Controller) -> Replay:
         differing=sum(_differs(s) for s in steps),
         regimes=dict(Counter(s["regime"] for s in steps)),
         faults=enforcer.faults,
+        passages=_passages(steps),
         steps=steps,
     )
 
@@ -100,6 +106,7 @@ def _context(header: dict[str, Any], ledger: str | Path) -> Context:
             decide_every=recorded["decide_every"],
             authority=Authority(**recorded["authority"]),
             seed=recorded["seed"],
+            groups=tuple(recorded.get("groups", ())),
         )
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"ledger: the header of {ledger} is damaged ({_brief(e)})") from e
@@ -125,6 +132,26 @@ def _recorded(record: dict[str, Any], ledger: str | Path) -> tuple[Telemetry, di
 
 def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _passages(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Stretches of consecutive differing decisions of one kind."""
+    passages = []
+    kind = lambda s: (_differs(s), s["regime"], s["replayed_directive"])  # noqa: E731
+    for (differs, regime, directive), group in itertools.groupby(steps, kind):
+        stretch = list(group)
+        if differs:
+            passages.append(
+                {
+                    "first": stretch[0]["step"],
+                    "last": stretch[-1]["step"],
+                    "regime": regime,
+                    "directive": directive,
+                    "recorded": statistics.geometric_mean(s["recorded_lr_scale"] for s in stretch),
+                    "replayed": statistics.geometric_mean(s["replayed_lr_scale"] for s in stretch),
+                }
+            )
+    return passages
 
 
 def _differs(step: dict[str, Any]) -> bool:

@@ -421,8 +421,40 @@ def test_guard_skips_a_gradient_burst_with_its_evidence():
     assert plant.proposed.directive is Directive.PROCEED
 
 
+def test_guard_skips_bad_batches_but_not_for_ever():
+    """Ten in a row at most: if the loss stays high the weights are to blame, and the alarms take over."""
+    plant = RatioPlant(LBWGuard(), WIDE, gain=7.0)
+    for step in range(30):
+        plant.decide(loss=5.0 + 0.05 * (-1) ** step)
+    plant.decide(loss=9.0)
+    assert (plant.proposed.regime, plant.proposed.directive) == ("bad-batch", Directive.SKIP)
+    plant.decide(loss=5.0)
+    assert (plant.proposed.regime, plant.proposed.directive) == ("steady", Directive.PROCEED)
+    regimes = []
+    for _ in range(14):
+        plant.decide(loss=9.0)
+        regimes.append(plant.proposed.regime)
+    assert regimes[:10] == ["bad-batch"] * 10
+    assert "bad-batch" not in regimes[10:]
+    plant.decide(loss=5.0)
+    plant.decide(loss=5.0)
+
+
+def test_guard_cuts_once_for_a_lasting_overshoot():
+    """While v lags the inner loop already holds the update: twenty alarms in a row are one cut, and it wears off."""
+    once, lasting, calm = (RatioPlant(LBWGuard(), WIDE, gain=7.0) for _ in range(3))
+    for plant in (once, lasting, calm):
+        for _ in range(30):
+            plant.decide()
+    first = once.decide(surprise=10.0), lasting.decide(surprise=10.0), calm.decide()
+    assert first[0] == first[1] == pytest.approx(first[2] / 2, rel=0.05)
+    for _ in range(20):
+        scales = once.decide(), lasting.decide(surprise=10.0), calm.decide()
+    assert scales[0] == scales[1] == pytest.approx(scales[2], rel=0.05)
+
+
 @pytest.mark.parametrize(
-    ("regime", "signals"), [("loss-spike", {"loss": 9.0}), ("overshoot", {"surprise": 10.0})], ids=["loss", "surprise"]
+    ("regime", "signals"), [("loss-spike", {"loss": 5.8}), ("overshoot", {"surprise": 10.0})], ids=["loss", "surprise"]
 )
 def test_guard_grows_cautious_on_an_alarm_and_recovers(regime, signals):
     alarmed, calm = (RatioPlant(LBWGuard(), WIDE, gain=7.0) for _ in range(2))

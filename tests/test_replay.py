@@ -1,12 +1,14 @@
 """Recorded telemetry through another controller."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lbw_rl import Action, Authority, Context, Controller, Directive, Telemetry, load_controller
+from lbw_rl import Action, Authority, Context, Controller, Directive, Governor, Telemetry, load_controller
 from lbw_rl.envs.recipe import load_recipe, override
 from lbw_rl.replay import replay
 
@@ -155,3 +157,21 @@ def test_another_controller_would_have_acted(recorded):
     assert result.differing > 15  # thirty times too fast, and nobody held it
     assert min(s["replayed_lr_scale"] for s in result.steps) < 0.5
     assert sum(result.regimes.values()) == 25
+
+
+def test_where_it_would_have_acted_is_told_in_stretches(tmp_path):
+    """A constant run through a burst of NaN: lbw-guard names the steps that it would have skipped, and no others."""
+    model = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with Governor(optimizer, "constant", total_steps=30, ledger=tmp_path / "ledger.jsonl") as governor:
+        for step in range(30):
+            optimizer.zero_grad()
+            loss = model(torch.randn(4, 8, generator=torch.Generator().manual_seed(step))).square().mean()
+            loss.backward()
+            governor.observe(math.nan if step in (12, 13, 20) else loss)
+            optimizer.step()
+    skips = [
+        p for p in replay(tmp_path / "ledger.jsonl", load_controller("lbw-guard")).passages if p["directive"] == "skip"
+    ]
+    assert [(p["first"], p["last"], p["regime"]) for p in skips] == [(12, 13, "non-finite"), (20, 20, "non-finite")]
+    assert all(p["recorded"] == 1.0 for p in skips)

@@ -33,13 +33,14 @@ from lbw_rl.training_runs.same_run import check_same_mode, check_same_recipe, re
 
 log = logging.getLogger("lbw_rl")
 
-SUMMARY, METRICS, LEDGER, CHECKPOINTS, RECIPE, MODEL = (
+SUMMARY, METRICS, LEDGER, CHECKPOINTS, RECIPE, MODEL, CONTROL = (
     "summary.json",
     "metrics.jsonl",
     "ledger.jsonl",
     "checkpoints",
     "recipe.json",
     "model",
+    "control",
 )
 
 Progress = Callable[[int, int, float], None]
@@ -64,9 +65,12 @@ def run(
     resume: bool = False,
     mode: Mode = "govern",
     controller: Controller | None = None,
+    kill_signal: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains a recipe under its controller.
+
+    One word in the file `control` of the output folder, a mode, changes the mode while the run goes on.
 
     Writes `recipe.json`, `metrics.jsonl` (training loss each step, held-out loss every `train.eval_every`),
     `ledger.jsonl`, `checkpoints/` every `train.checkpoint_every` steps (the newest two stay until the run is
@@ -84,6 +88,7 @@ def run(
             finished run is returned as it is.
         mode: as in `Governor`.
         controller: an object to govern instead of the recipe's, for experiments.
+        kill_signal: on this signal the governor lets go for good; the run goes on.
         progress: told about every step.
 
     Returns:
@@ -134,6 +139,9 @@ def run(
         ledger=folder / LEDGER,
         seed=recipe.train.seed,
         measure_device=recipe.train.measure_device,
+        stateful={"scheduler": task.scheduler},
+        control=folder / CONTROL,
+        kill_signal=kill_signal,
     )
     if found is not None:
         governor.load_state_dict(found[1]["governor"])

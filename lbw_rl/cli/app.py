@@ -83,15 +83,25 @@ def run(
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Output folder; default: runs/RECIPE-CONTROLLER.")
     ] = None,
-    mode: Annotated[str, typer.Option(help="govern, shadow (decide and log only) or off.")] = "govern",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="How much governance may do: off, shadow (decide and log only), skip (skip updates), lr (also scale the "
+            "rate), govern (also roll back)."
+        ),
+    ] = "govern",
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on from the newest good checkpoint in --out, else from the beginning."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a recipe under a controller."""
+    """Train a recipe under a controller.
+
+    While it runs, `echo skip > OUT/control` changes the mode, and `kill -USR1 PID` makes the governor let go for good.
+    """
     import json
+    import signal
 
     from lbw_rl.envs.recipe import ControllerSpec, load_recipe, override
 
@@ -110,6 +120,7 @@ def run(
             folder,
             resume=resume,
             mode=mode,  # type: ignore[arg-type]  # the governor checks it
+            kill_signal=getattr(signal, "SIGUSR1", None),  # Windows has none
             progress=lambda done, total, loss: m.update(done, total, f"loss {loss:.3f}"),
         )
     if as_json:
@@ -220,18 +231,14 @@ def replay(
         f"{result.differing} of {result.decisions} decisions differ, {result.faults} faults"
     )
     out.print("regimes: " + ", ".join(f"{k} {v}" for k, v in result.regimes.items()))
-    table = Table(
-        "step", "recorded scale", "replayed scale", "directive", "regime", title="every tenth part of the run"
-    )
-    stride = max(1, len(result.steps) // 10)
-    for s in result.steps[::stride]:
-        table.add_row(
-            str(s["step"]),
-            f"{s['recorded_lr_scale']:.4g}",
-            f"{s['replayed_lr_scale']:.4g}",
-            s["replayed_directive"],
-            s["regime"],
-        )
+    if not result.passages:
+        return
+    shown = sorted(sorted(result.passages, key=lambda p: p["first"] - p["last"])[:20], key=lambda p: p["first"])
+    title = "where it would have acted otherwise" + (", the 20 longest" if len(result.passages) > 20 else "")
+    table = Table("steps", "regime", "directive", "recorded scale", "its scale", title=title)
+    for p in shown:
+        steps = str(p["first"]) if p["first"] == p["last"] else f"{p['first']}–{p['last']}"
+        table.add_row(steps, p["regime"], p["directive"], f"{p['recorded']:.4g}", f"{p['replayed']:.4g}")
     out.print(table)
 
 
