@@ -59,3 +59,92 @@ def test_the_trainer_example_runs(tiny_qwen2, tmp_path):
     names = {"Trainer": transformers.Trainer, "model": tiny_qwen2, "args": args, "data": data}
     exec(_example(1), names)
     assert names["governance"].governor.summary()["decisions"] == 3
+
+
+# ---- docs/integrations.md
+
+NOT_RUN_HERE = {"Several processes": "needs processes that torchrun starts"}
+
+
+def _loop_examples():
+    """Heading → its Python block."""
+    sections = re.split(r"^## ", (ROOT / "docs/integrations.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    blocks = {}
+    for section in sections:
+        found = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+        assert len(found) <= 1, "one example per section"
+        if found:
+            blocks[section.partition("\n")[0]] = found[0]
+    return blocks
+
+
+LOOP_EXAMPLES = _loop_examples()
+
+
+class Batches(torch.utils.data.Dataset):
+    """A few rows of token ids that are their own labels."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        row = (torch.arange(8) + index) % 64
+        return {"input_ids": row, "labels": row}
+
+
+@pytest.fixture
+def loop_names(tiny_qwen2):
+    """What the examples take for granted."""
+    data = Batches()
+    return {"model": tiny_qwen2, "data": data, "loader": torch.utils.data.DataLoader(data, batch_size=2)}
+
+
+def _prepare(heading, names):
+    """Sees to what an example needs besides, or skips where its library is missing."""
+    if heading == "Accelerate":
+        state = pytest.importorskip("accelerate").state  # its settings are singletons; other tests leave theirs
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+    elif heading == "Hugging Face Trainer":
+        pytest.importorskip("accelerate")
+    elif heading == "Lightning":
+        lightning = pytest.importorskip("lightning")
+
+        class Module(lightning.LightningModule):
+            def __init__(self, model):
+                super().__init__()
+                self.model = model
+
+            def training_step(self, batch, batch_idx):
+                return self.model(**batch).loss
+
+            def configure_optimizers(self):
+                return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+        names["module"] = Module(names["model"])
+
+
+def test_every_loop_has_an_example():
+    loops = ["Plain PyTorch", "Accelerate", "Hugging Face Trainer", "Lightning", "Several processes"]
+    stages = ["Handing over authority in stages", "Snapshots and rollback", "Resuming"]
+    assert list(LOOP_EXAMPLES) == loops + stages
+
+
+@pytest.mark.parametrize("heading", LOOP_EXAMPLES)
+def test_the_example_of_every_loop_runs(heading, loop_names, tmp_path, monkeypatch):
+    if heading in NOT_RUN_HERE:
+        compile(LOOP_EXAMPLES[heading], heading, "exec")
+        pytest.skip(NOT_RUN_HERE[heading])
+    monkeypatch.chdir(tmp_path)
+    _prepare(heading, loop_names)
+    before = [p.clone() for p in loop_names["model"].parameters()]
+    exec(LOOP_EXAMPLES[heading], loop_names)
+    governor = loop_names["governor"] if "governor" in loop_names else loop_names["governance"].governor
+    summary = governor.summary()
+    decisions = {"Accelerate": 2, "Lightning": 2, "Resuming": 0}
+    assert summary["decisions"] == decisions.get(heading, 4)
+    assert not summary["faults"]
+    assert not governor.optimizer._optimizer_step_pre_hooks  # let go
+    moved = any(not torch.equal(a, b.cpu()) for a, b in zip(before, loop_names["model"].parameters()))
+    assert moved == (heading != "Resuming")
+    assert (tmp_path / "run/ledger.jsonl").is_file() == ("ledger=" in LOOP_EXAMPLES[heading])

@@ -114,16 +114,15 @@ class GovernorCallback(TrainerCallback, ExportableState):
         """Attaches to the optimizer that Trainer built, and goes on from a checkpoint's state."""
         self._close()  # a training that raised never came to its end
         optimizer, model = _unwrapped(kwargs["optimizer"], kwargs.get("model"))
-        handler, trainer = _caller(self)
+        handler = _calling_handler(self)
         if handler is not None:  # a new list: the one that is being iterated over stays as it is
             handler.callbacks = [self, *(other for other in handler.callbacks if other is not self)]
-        compiled = getattr(trainer, "model_wrapped", None)
         stateful = {"scheduler": kwargs.get("lr_scheduler"), "scaler": getattr(kwargs["optimizer"], "scaler", None)}
         build = functools.partial(
             Governor,
             optimizer,
             self.controller,
-            model=compiled if hasattr(compiled, "_orig_mod") else model,  # hooks inside a graph would not be seen
+            model=model,
             total_steps=state.max_steps or None,
             stateful={name: part for name, part in stateful.items() if part is not None},
             device_index=args.device.index if args.device.type == "cuda" else None,
@@ -137,17 +136,18 @@ class GovernorCallback(TrainerCallback, ExportableState):
                 truncate_ledger(ledger, saved["step"] if saved else state.global_step)
             except OSError as e:  # fail-open, as every fault of a ledger
                 log.warning("ledger %s: what comes after the checkpoint could not be dropped: %s", ledger, e)
-        self.governor = build()
+        governor = build()
         if saved is not None:
             try:
-                self.governor.load_state_dict(saved)
+                governor.load_state_dict(saved)
             except Exception as e:  # fail-open: the run resumes, its controller does not
                 log.warning("the governor starts anew, its state could not be restored: %s: %s", type(e).__name__, e)
-                self.governor.close()
-                self.governor, saved = build(), None
+                governor.close()
+                governor, saved = build(), None
         if saved is None:
-            self.governor.step = state.global_step  # of a resumed training: its horizon goes on, not anew
-        self._abandoned = weakref.finalize(self, self.governor.close)  # hooks must not outlive a Trainer given up
+            governor.step = state.global_step  # of a resumed training: its horizon goes on, not anew
+        self.governor = governor
+        self._abandoned = weakref.finalize(self, governor.close)  # hooks must not outlive a Trainer given up
         # Trainer saves states by name only where there was one before: not so in the checkpoint of an ungoverned run.
         states.setdefault(type(self).__name__, self.state())
 
@@ -240,17 +240,12 @@ def _unwrapped(optimizer: Any, model: Any) -> tuple[torch.optim.Optimizer, torch
     return inner, model
 
 
-def _caller(callback: TrainerCallback) -> tuple[CallbackHandler | None, Any]:
-    """The handler that calls `callback`, and its Trainer: callbacks are told of neither."""
-    handler = None
+def _calling_handler(callback: TrainerCallback) -> CallbackHandler | None:
+    """The handler that is calling `callback`: callbacks are not told of it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
-        if isinstance(owner, CallbackHandler) and any(other is callback for other in owner.callbacks):
-            handler = owner
-        elif handler is not None and getattr(owner, "callback_handler", None) is handler:
-            return handler, owner
-        elif handler is not None and owner is not handler:
-            break
+        if isinstance(owner, CallbackHandler):
+            return owner if any(other is callback for other in owner.callbacks) else None
         frame = frame.f_back
-    return handler, None
+    return None
