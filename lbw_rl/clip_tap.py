@@ -11,6 +11,7 @@ import torch
 
 _listeners: weakref.WeakSet[ClipTap] = weakref.WeakSet()
 _original: Callable[..., torch.Tensor] | None = None
+_wrapper: Callable[..., torch.Tensor] | None = None
 
 
 class ClipTap:
@@ -29,6 +30,7 @@ class ClipTap:
     def __init__(self, optimizer: torch.optim.Optimizer, listener: Callable[[torch.Tensor], None]) -> None:
         self._optimizer, self._listener = optimizer, listener
         _listeners.add(self)
+        weakref.finalize(self, _uninstall_if_unheard).atexit = False  # for a governor that nobody closes
         _install()
 
     def heard(self, clipped: list[torch.Tensor], norm: torch.Tensor) -> None:
@@ -40,12 +42,11 @@ class ClipTap:
     def close(self) -> None:
         """Stops listening; the last one puts torch's function back."""
         _listeners.discard(self)
-        if not _listeners:
-            _uninstall()
+        _uninstall_if_unheard()
 
 
 def _install() -> None:
-    global _original
+    global _original, _wrapper
     if _original is not None:
         return
     original = _original = torch.nn.utils.clip_grad_norm_
@@ -60,12 +61,21 @@ def _install() -> None:
             tap.heard([parameters] if isinstance(parameters, torch.Tensor) else parameters, norm)
         return norm
 
-    torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
-    torch.nn.utils.clip_grad.clip_grad_norm_ = clip_grad_norm_
+    _wrapper = torch.nn.utils.clip_grad_norm_ = torch.nn.utils.clip_grad.clip_grad_norm_ = clip_grad_norm_
+
+
+def _uninstall_if_unheard() -> None:
+    if not any(True for _ in _listeners):  # its length counts the dead
+        _uninstall()
 
 
 def _uninstall() -> None:
-    global _original
-    if _original is not None:
-        torch.nn.utils.clip_grad_norm_ = torch.nn.utils.clip_grad.clip_grad_norm_ = _original
-        _original = None
+    global _original, _wrapper
+    if _original is None:
+        return
+    # Unless someone has wrapped ours since: then theirs stays, and ours within it hears for nobody.
+    if torch.nn.utils.clip_grad_norm_ is _wrapper:
+        torch.nn.utils.clip_grad_norm_ = _original
+    if torch.nn.utils.clip_grad.clip_grad_norm_ is _wrapper:
+        torch.nn.utils.clip_grad.clip_grad_norm_ = _original
+    _original = _wrapper = None

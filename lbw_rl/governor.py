@@ -522,7 +522,8 @@ HEALTHY_REGIMES = frozenset({"steady", "calibrating", "annealing", "raising", "h
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer whose hooks fire: Accelerate's and Lightning's wrappers only pass their steps on."""
-    while type(optimizer).__name__ in ("AcceleratedOptimizer", "LightningOptimizer"):
+    # By what they lack, not by name: Lightning's takes on the name of the class that it wraps.
+    while "_optimizer_step_pre_hooks" not in getattr(optimizer, "__dict__", {}) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"optimizer: {type(optimizer).__name__} is none; accepted: a torch.optim.Optimizer")

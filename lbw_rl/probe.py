@@ -164,7 +164,7 @@ class Probe:
     @property
     def sharded(self) -> bool:
         """Whether gradients are spread over ranks."""
-        return any(is_sharded(p) for p in self._sample.parameters)
+        return self._sample.sharded
 
     def before_step(self) -> None:
         """Notes the sampled weights, so that the next measurement can tell how far they moved."""
@@ -183,14 +183,12 @@ class Probe:
 
     def _norms(self, scale: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """L2 norms of the gradients that this rank answers for: the replicated ones, and its shards."""
-        shared: list[torch.Tensor] = []
-        shards: list[torch.Tensor] = []
-        for p in self._sample.parameters:
-            if p.grad is None:
-                continue
-            own = own_shard(p.grad, answers=self._answers)
-            if own is not None:
-                (shards if is_sharded(p.grad) else shared).append(own.coalesce().values() if own.is_sparse else own)
+        gradients = [p.grad for p in self._sample.parameters if p.grad is not None]
+        shared, shards = gradients if self._answers else [], []
+        if self._sample.sharded:
+            own = [(g, own_shard(g, answers=self._answers)) for g in gradients]
+            shared = [o for g, o in own if o is not None and not is_sharded(g)]
+            shards = [o for g, o in own if o is not None and is_sharded(g)]
         norm, shard_norm = _joint_norm(shared), _joint_norm(shards)
         if scale is not None:
             norm, shard_norm = (None if n is None else n / scale for n in (norm, shard_norm))
@@ -286,7 +284,7 @@ class Probe:
 def _joint_norm(gradients: list[torch.Tensor]) -> torch.Tensor | None:
     if not gradients:
         return None
-    norms = list(torch._foreach_norm(gradients))
+    norms = list(torch._foreach_norm([g.coalesce().values() if g.is_sparse else g for g in gradients]))
     if len({(n.device, n.dtype) for n in norms}) > 1:
         norms = [n.float().to(norms[0].device) for n in norms]
     return torch.linalg.vector_norm(torch.stack(norms).float())

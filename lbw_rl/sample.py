@@ -66,6 +66,8 @@ class Sample:
         self._local = sum(part.local_count for part in self.parts)
         self.whole = self._local == self.size
         """Whether this process contributes every element."""
+        self.sharded = any(is_sharded(p) for p in self.parameters)
+        """Whether gradients are spread over ranks."""
         self.device = _local(chosen[0][0]).device if chosen else torch.device("cpu")
 
     @torch.no_grad()
@@ -80,7 +82,10 @@ class Sample:
         """
         if not self._local:
             return torch.zeros(self.size, device=self.device)
-        sources = [_local(read(part)) if part.local_count else None for part in self.parts]
+        if self.sharded:
+            sources = [_local(read(part)) if part.local_count else None for part in self.parts]
+        else:
+            sources = [read(part) for part in self.parts]
         pointers = [0 if t is None else t.data_ptr() for t in sources] if views is not None else []
         if views and [pointer for pointer, _ in views] == pointers:
             pieces = [view for _, view in views]
