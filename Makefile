@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow lint notebooks bench clean
+.PHONY: setup demo test test-slow lint notebooks bench gpu-check clean
 
 setup: $(READY)
 
@@ -34,6 +34,11 @@ notebooks: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m lbw_rl.training_runs.benchmarks.overhead
+
+# Only on a machine with a CUDA device: no decision may wait for it (sync debug mode "error"), NVML reads the card.
+gpu-check: $(READY)
+	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu-check: no CUDA device here (torch " + torch.__version__ + "); a CUDA build of torch goes into .venv first")'
+	$(BIN)/python -m pytest tests/test_gpu.py tests/test_device.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ EXTRAS = {
     "metrics": ("prometheus-client", "tensorboard"),
     "report": ("plotly", "pandas", "pyarrow", "scipy"),
     "ray": ("ray",),
+    "lightning": ("lightning",),
 }
 """Extra → packages, by the names that pip knows."""
 

@@ -30,6 +30,7 @@ from lbw_rl.stages import check_mode
 
 log = logging.getLogger("lbw_rl")
 
+_ANEW = "the governor starts anew, its state could not be restored: %s: %s"
 _EXECUTED = frozenset({"step", "lr_scale", "momentum_scale"})  # of the step before: what is logged is the latest one's
 
 
@@ -96,7 +97,7 @@ class GovernorCallback(TrainerCallback, ExportableState):
         self._options: dict[str, Any] = {"authority": rights, "mode": check_mode(mode), "ledger": ledger, "seed": seed}
         self._options |= {"decide_every": decide_every, "control": control, "kill_signal": kill_signal, "late": late}
         self._options |= {"snapshot_bytes": snapshot_bytes, "measure_device": measure_device}
-        self._options |= {"collective_timeout": collective_timeout}
+        self._options["collective_timeout"] = collective_timeout
         self.governor: Governor | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -104,8 +105,7 @@ class GovernorCallback(TrainerCallback, ExportableState):
         if getattr(args, "restore_callback_states_from_checkpoint", False) and self._name is None:
             raise ValueError(
                 "controller: restore_callback_states_from_checkpoint builds callbacks from JSON and cannot build this "
-                f"{type(self.controller).__name__}; accepted: a name or a folder, or leave that setting off, since the "
-                "governor's state is restored without it"
+                f"{type(self.controller).__name__}; accepted: a name or a folder, or that setting off"
             )
 
     def on_train_begin(
@@ -141,7 +141,7 @@ class GovernorCallback(TrainerCallback, ExportableState):
             try:
                 governor.load_state_dict(saved)
             except Exception as e:  # fail-open: the run resumes, its controller does not
-                log.warning("the governor starts anew, its state could not be restored: %s: %s", type(e).__name__, e)
+                log.warning(_ANEW, type(e).__name__, e)
                 governor.close()
                 governor, saved = build(), None
         if saved is None:
@@ -153,24 +153,18 @@ class GovernorCallback(TrainerCallback, ExportableState):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds what was measured and executed last to what Trainer logs of training."""
-        logs = kwargs.get("logs")
-        if self.governor is None or self._options["mode"] == "off" or not isinstance(logs, dict) or "loss" not in logs:
+        logs: dict[str, Any] = kwargs.get("logs") or {}
+        if self.governor is None or self._options["mode"] == "off" or "loss" not in logs:
             return  # what evaluate() and train() return passes through here too, and is not ours to add to
-        governor, summary = self.governor, self.governor.summary()
-        values = {
-            **{k: v for k, v in governor.last_telemetry.as_dict().items() if k not in _EXECUTED and math.isfinite(v)},
-            "lr_scale": governor.executed.lr_scale,
-            "momentum_scale": governor.executed.momentum_scale,
-            "skips": summary["skips"],
-            "rollbacks": summary["rollbacks"],
-        }
+        seen, executed, summary = self.governor.last_telemetry, self.governor.executed, self.governor.summary()
+        values = {k: v for k, v in seen.as_dict().items() if k not in _EXECUTED and math.isfinite(v)}
+        values |= {"lr_scale": executed.lr_scale, "momentum_scale": executed.momentum_scale}
+        values |= {"skips": summary["skips"], "rollbacks": summary["rollbacks"]}
         records = [r for r in state.log_history[-1:] if "loss" in r]  # Trainer files a copy before it calls us
         for record in (logs, *records):
             record.update({f"governor/{name}": value for name, value in values.items()})
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Lets go of the optimizer; `governor.summary()` stays readable."""
         self._close()
 
@@ -199,8 +193,12 @@ class GovernorCallback(TrainerCallback, ExportableState):
         if record["controller"] != self.controller.name:
             log.warning("the checkpoint is %s's; %s starts anew", record["controller"], self.controller.name)
             return None
-        saved: dict[str, Any] = from_json(record["governor"])
-        measured = saved["measurement"]
+        try:
+            saved: dict[str, Any] = from_json(record["governor"])
+            measured = saved["measurement"]
+        except (ValueError, KeyError, TypeError) as e:  # fail-open, as for a state that does not fit
+            log.warning(_ANEW, type(e).__name__, e)
+            return None
         if args.world_size > 1 and measured is not None:
             # Rank 0 saved it. Ranks add up what each answers for: the same part must not be counted on every one.
             measured["pending"] = None
