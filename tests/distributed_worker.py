@@ -1,5 +1,7 @@
 """One rank of governed runs, started by torchrun: `distributed_worker.py KIND SCENARIO,… OUT`. See test_distributed.py."""
 
+import contextlib
+import copy
 import json
 import os
 import signal
@@ -63,8 +65,8 @@ def full(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def train(kind, scenario, out, rank, world):
-    out.mkdir(exist_ok=True)
+def assemble(kind, scenario, out, rank, world):
+    """Model, optimizer, scheduler and governor, as a training script builds them."""
     model = build(kind, world)  # "alone-under-gloo": replicas that nothing but governance joins
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -82,16 +84,34 @@ def train(kind, scenario, out, rank, world):
         options["collective_timeout"] = 5.0
     if scenario == "kill-switch":
         options |= {"control": out / "control", "kill_signal": signal.SIGUSR1}
-    controller = Acts() if scenario == "rollback" else "lbw-guard"
-    events = {}
+    controller = {"rollback": Acts(), "idle": "constant"}.get(scenario, "lbw-guard")
     governor = None if scenario == "ungoverned" else Governor(optimizer, controller, **options)
+    return model, optimizer, scheduler, governor
+
+
+def backward(model, tokens, scenario):
+    """The gradient of one step, in two micro-batches where they are accumulated; returns the loss."""
+    micro_batches = tokens.chunk(2) if scenario == "accumulated" else [tokens]
+    for i, micro in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
+        wait = contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+        with wait:
+            loss = model(input_ids=micro, labels=micro).loss
+            if scenario != "nan-loss":
+                (loss / len(micro_batches)).backward()
+    return loss
+
+
+def train(kind, scenario, out, rank, world):
+    out.mkdir(exist_ok=True)
+    model, optimizer, scheduler, governor = assemble(kind, scenario, out, rank, world)
+    events = {}
     for step in range(STEPS):
         tokens = batch(step, rank, world)
-        loss = model(input_ids=tokens, labels=tokens).loss
-        if scenario == "nan-loss" and step == 12 and rank == world - 1:
-            loss = loss * float("nan")
-        loss.backward()
-        if governor is not None:
+        loss = backward(model, tokens, scenario)
+        if scenario == "nan-loss":
+            loss = loss * float("nan") if step == 12 and rank == world - 1 else loss
+            loss.backward()
             governor.observe(loss)
         if step % 2:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -118,6 +138,13 @@ def train(kind, scenario, out, rank, world):
             events.setdefault("unchanged", []).append(step)
         scheduler.step()
         optimizer.zero_grad()
+        if scenario == "resumed" and step == 11:
+            parts = (model, optimizer, scheduler, governor)
+            states = [copy.deepcopy(part.state_dict()) for part in parts]
+            governor.close()
+            model, optimizer, scheduler, governor = parts = assemble(kind, scenario, out, rank, world)
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(state)
     weights = [full(p.detach()) for p in model.parameters()]
     if governor is not None:
         governor.close()

@@ -16,11 +16,14 @@ pytestmark = pytest.mark.slow
 
 
 RUNS = {
-    ("single", 1): ["plain"],
-    ("ddp", 2): ["plain", "nan-loss", "rollback", "disagreement", "kill-switch", "slow-rank"],
+    ("single", 1): ["plain", "accumulated"],
+    ("ddp", 2): [
+        *("plain", "nan-loss", "rollback", "resumed", "ungoverned", "idle", "accumulated"),
+        *("disagreement", "kill-switch", "slow-rank"),
+    ],
     ("ddp", 4): ["plain"],
-    ("fsdp", 2): ["plain", "nan-loss", "rollback"],
-    ("fsdp-llama", 2): ["plain"],
+    ("fsdp", 2): ["plain", "nan-loss", "rollback", "resumed", "ungoverned", "idle"],
+    ("fsdp-llama", 2): ["plain", "accumulated"],
     ("fsdp", 4): ["plain", "nan-loss"],
     ("hsdp", 4): ["plain"],
 }
@@ -72,16 +75,23 @@ def test_every_rank_decides_alike_on_one_collective_per_decision(finished, kind,
     assert events(folder)["summary"]["faults"] == {}
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("ddp", 2), ("ddp", 4), ("fsdp-llama", 2), ("hsdp", 4)])
-def test_ranks_together_see_and_decide_what_one_process_over_the_joined_batch_does(finished, kind, ranks):
-    one, many = decisions(finished("single")), decisions(finished(kind, "plain", ranks))
+@pytest.mark.parametrize(
+    ("kind", "ranks", "scenario"),
+    [
+        *(("ddp", 2, "plain"), ("ddp", 4, "plain"), ("fsdp-llama", 2, "plain"), ("hsdp", 4, "plain")),
+        *(("ddp", 2, "accumulated"), ("fsdp-llama", 2, "accumulated")),
+    ],
+)
+def test_ranks_together_see_and_decide_what_one_process_over_the_joined_batch_does(finished, kind, ranks, scenario):
+    """Losses read from the model's output, norms before the clipping of every other step, two micro-batches a step."""
+    one, many = decisions(finished("single", scenario)), decisions(finished(kind, scenario, ranks))
     for a, b in zip(one, many, strict=True):
         seen = {k: v for k, v in a["telemetry"].items() if v is not None}
         # Sums over ranks are taken in another order: rounding grows with the steps.
         assert {k: b["telemetry"][k] for k in seen} == pytest.approx(seen, rel=2e-3, abs=1e-4), a["step"]
         assert b["executed"]["lr_scale"] == pytest.approx(a["executed"]["lr_scale"], rel=2e-3)
         assert b["regime"] == a["regime"]
-    weights = [torch.load(f / "weights.pt") for f in (finished("single"), finished(kind, "plain", ranks))]
+    weights = [torch.load(f / "weights.pt") for f in (finished("single", scenario), finished(kind, scenario, ranks))]
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
 
@@ -108,6 +118,16 @@ def test_ranks_roll_back_together(finished, kind, ranks):
         assert record[13]["telemetry"]["learning_rate"] == pytest.approx(record[11]["telemetry"]["learning_rate"])
     assert records[0][-1]["digest"] == records[1][-1]["digest"]
     assert events(folder)["summary"]["rollbacks"] == 1
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("ddp", 2), ("fsdp", 2)])
+@pytest.mark.parametrize(("other", "reference"), [("idle", "ungoverned"), ("resumed", "plain")])
+def test_idle_is_ungoverned_and_resumed_is_uninterrupted_bit_for_bit(finished, kind, ranks, other, reference):
+    a, b = (torch.load(finished(kind, scenario, ranks) / "weights.pt") for scenario in (other, reference))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    if other == "resumed":
+        last = [decisions(finished(kind, scenario, ranks))[-1] for scenario in (other, reference)]
+        assert last[0] == last[1]
 
 
 def test_a_slow_rank_is_waited_for_and_the_wait_is_measured(finished):
