@@ -16,11 +16,11 @@ from lbw_rl.authority import Authority
 from lbw_rl.controller import Context, Controller
 from lbw_rl.envs.held_out_gain import DivergenceWatch, HeldOutGain
 from lbw_rl.envs.interface import DEFAULT_AUTHORITY, action_space, command, observation_space
-from lbw_rl.random_state import capture_random_state, restore_random_state
 from lbw_rl.envs.recipe import Recipe, load_recipe
 from lbw_rl.envs.task import TrainingTask
 from lbw_rl.features import FeatureTracker
 from lbw_rl.governor import Governor
+from lbw_rl.random_state import capture_random_state, restore_random_state
 from lbw_rl.signals import NAN, SIGNALS, Telemetry
 
 _MEASURED_BY_CLOCK_AND_DEVICE = tuple(name for name, s in SIGNALS.items() if s.source in ("clock", "device"))

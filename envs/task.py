@@ -12,8 +12,8 @@ from lbw_rl.envs.corpus import Batches, held_out_windows, load_corpus
 from lbw_rl.envs.extras import bars_on_terminals_only, hf_package
 from lbw_rl.envs.model import build_model
 from lbw_rl.envs.optim import build_optimizer, build_scheduler
-from lbw_rl.random_state import capture_random_state, restore_random_state
 from lbw_rl.envs.recipe import Recipe, RecipeError
+from lbw_rl.random_state import capture_random_state, restore_random_state
 
 _EVAL_LOGITS = 1 << 24  # logits of one evaluation batch: 64 MiB in float32
 _POSITIONS = 2048  # context of a fresh model: rotary positions cost nothing, and it may read longer text later

@@ -20,6 +20,7 @@ from lbw_rl.controller import Context, Controller
 from lbw_rl.device_guard import DeviceGuard
 from lbw_rl.enforcer import Enforcer, Ruling
 from lbw_rl.exchange import PeerLostError, exchange_for
+from lbw_rl.ledger import ledger_of_rank
 from lbw_rl.measurement import Measured, Measurement
 from lbw_rl.recorder import Recorder, brief, unbrief
 from lbw_rl.registry import load_controller
@@ -135,8 +136,8 @@ class Governor:
         self._hooks: StepHooks | None = None
         self._restorable = self._armed = False
         exchange = exchange_for(process_group, collective_timeout) if mode != "off" else None
-        rank = exchange.rank if exchange is not None else 0
-        self._recorder = Recorder(_for_rank(ledger, rank) if mode != "off" else None, self._header())
+        self._rank = exchange.rank if exchange is not None else 0
+        self._recorder = Recorder(ledger_of_rank(ledger, self._rank) if mode != "off" else None, self._header())
         self._measurement: Measurement | None = None
         self._switch: Switch | None = None
         if mode == "off":
@@ -461,6 +462,7 @@ class Governor:
         return {
             "step": self.step,
             "mode": self.mode,
+            "rank": self._rank,
             "controller": self.controller.state_dict(),
             "enforcer": self._enforcer.state_dict(),
             "measurement": self._measurement.state_dict() if self._measurement is not None else None,
@@ -472,19 +474,24 @@ class Governor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`; call it after the optimizer's own state has been loaded. The mode stays as it is."""
+        """Restores `state_dict`; call it after the optimizer's own state has been loaded. The mode stays as it is.
+
+        With ranks it may be the state of another one, where only one of them saves.
+        """
+        own = state["rank"] == self._rank
         self.step = state["step"]
         self.controller.load_state_dict(state["controller"])
         self._enforcer.load_state_dict(state["enforcer"])
         if self._measurement is not None and state["measurement"] is not None:
-            self._measurement.load_state_dict(state["measurement"])
+            self._measurement.load_state_dict(state["measurement"], own=own)
         self.executed = unbrief(state["executed"])
         # The state may come from a run with wider authority, or from one in another mode.
         held = self.authority.clip(unbrief(state["held"]), self.executed.lr_scale)[0]
         self._held = held if self.mode in ("lr", "govern") else NEUTRAL
         self._recorder.load_state_dict(state["recorder"])
         self._overhead = state["overhead_seconds"]
-        if state["snapshot"] is not None:
+        shards_of_another = not own and self._measurement is not None and self._measurement.probe.sharded
+        if state["snapshot"] is not None and not shards_of_another:
             self._snapshot.load_state_dict(state["snapshot"])
 
     def flush(self) -> None:
@@ -534,11 +541,3 @@ def _scheduled_lr(optimizer: torch.optim.Optimizer) -> float:
     lr = optimizer.param_groups[0].get("lr", NAN)
     on_device = isinstance(lr, torch.Tensor) and lr.device.type != "cpu"
     return NAN if on_device else float(lr)  # the probe brings it along without a sync
-
-
-def _for_rank(ledger: str | Path | None, rank: int) -> Path | None:
-    """Where a rank writes its ledger: two processes must not share a file."""
-    if ledger is None:
-        return None
-    path = Path(ledger)
-    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -80,48 +82,66 @@ class Ledger:
         self._file.close()
 
 
-def truncate_ledger(path: str | Path, step: int) -> int:
-    """Drops what a ledger says of `step` and later, and torn lines, so that a resumed run writes each step once.
+def ledger_of_rank(ledger: str | Path | None, rank: int) -> Path | None:
+    """Where a rank writes its ledger, since two processes must not share a file: rank 0 as it is, others NAME.rank<r>."""
+    if ledger is None:
+        return None
+    path = Path(ledger)
+    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
-    The lines that stay keep their bytes; the headers stay.
+
+def truncate_jsonl(path: str | Path, step: int, header: str | None = None) -> Counter[str]:
+    """Drops the records at or after `step` and all torn lines, so that a resumed run writes each record once.
+
+    The lines that stay keep their bytes. A header, which is a record without a step, stays once and comes first.
 
     Args:
-        path: the ledger; where it is missing, nothing is done.
+        path: the file; where it is missing, nothing is done.
         step: the first step that will be written again.
+        header: the line to start with where the file has lost its own.
 
     Returns:
-        How many lines were dropped.
+        How many records of each `type` were kept ("" for records without one), the header not counted.
 
     Raises:
-        OSError: the disk is full or gone; the ledger is as it was.
+        OSError: the disk is full or gone; the file is as it was.
     """
     path = Path(path)
+    kept: Counter[str] = Counter()
     if not path.is_file():
-        return 0
-    temporary = path.with_name(path.name + ".tmp")
-    dropped = 0
-    try:
-        with path.open("rb") as file, temporary.open("wb") as kept:
-            for line in file:
-                if _comes_before(line, step):
-                    kept.write(line)
-                else:
-                    dropped += 1
-            kept.flush()
-            os.fsync(kept.fileno())
-        if dropped:
+        return kept
+    headers, records = [header.encode() + b"\n"] if header is not None else [], []
+    found = False
+    with path.open("rb") as written:
+        for line in written:
+            record = _whole_record(line)
+            at = record.get("step") if record is not None else "torn"
+            if at is None:
+                headers, found = headers if found else [line], True
+            elif record is not None and isinstance(at, int) and at < step:
+                records.append(line)
+                kept[str(record.get("type", ""))] += 1
+    lines = b"".join([*headers, *records])
+    if lines != path.read_bytes():
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return dropped
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    return kept
 
 
-def _comes_before(line: bytes, step: int) -> bool:
+def _whole_record(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())
     except ValueError:  # neither JSON nor text
-        return False
-    return line.endswith(b"\n") and isinstance(record, dict) and record.get("step", -1) < step
+        return None
+    return record if line.endswith(b"\n") and isinstance(record, dict) else None
 
 
 def read_ledger(path: str | Path) -> Iterator[dict[str, Any]]:

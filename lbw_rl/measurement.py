@@ -249,13 +249,20 @@ class Measurement:
             },
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`, after the optimizer's own state has been loaded."""
+    def load_state_dict(self, state: Mapping[str, Any], *, own: bool = True) -> None:
+        """Restores `state_dict`, after the optimizer's own state has been loaded.
+
+        Args:
+            state: what `state_dict` returned.
+            own: whether this rank saved it. Ranks add up what each of them answers for: the part of another must not
+                count twice.
+        """
         self.observer.load_state_dict(state["observer"])
-        self.probe.load_state_dict(state["probe"])
+        self.probe.load_state_dict(state["probe"], own=own)
         saved = state["pending"]
         self._pending = None
-        if saved is not None and self.late:
+        # With ranks nobody knows whether all have theirs: none uses it, and the first decision sees nothing measured.
+        if saved is not None and self.late and self.exchange is None:
             values = saved["values"].cpu()
             packed = Packed(values, tuple(saved["present"]), saved["segment"], saved["beta2"], saved["eps"])
             self._pending = _Pending(Transfer(values), packed, dict(saved["known"]))

@@ -119,7 +119,7 @@ class Observer:
             return  # an evaluation in the middle of a window is no training signal
         loss = getattr(output, "loss", None)
         if isinstance(loss, torch.Tensor):
-            self._from_model.append(_own_mean(loss.detach(), kwargs))
+            self._from_model.append(_own_mean(module, loss.detach(), kwargs))
         inputs = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(inputs, torch.Tensor) and not inputs.is_floating_point():
             self._model_tokens += inputs.numel()
@@ -143,11 +143,14 @@ def _means(losses: list[torch.Tensor], earlier: int) -> tuple[torch.Tensor | Non
     return torch.where(finite, stacked, 0.0).sum() / finite.sum(), latest
 
 
-def _own_mean(loss: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+def _own_mean(module: torch.nn.Module, loss: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
     """A micro-batch's mean loss, where the caller had it divided by the tokens of all micro-batches together.
 
-    Hugging Face's `Trainer` does, with `num_items_in_batch`: each loss is then that micro-batch's share only.
+    Hugging Face's `Trainer` does, with `num_items_in_batch`: each loss is then that micro-batch's share only. So do the
+    losses of causal language models, which shift their labels; others mostly ignore the argument.
     """
+    if getattr(module, "loss_type", "ForCausalLM") != "ForCausalLM":
+        return loss
     total, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
     if total is None or not isinstance(labels, torch.Tensor):
         return loss

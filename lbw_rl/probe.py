@@ -271,14 +271,19 @@ class Probe:
         gradient = None if self._gradient is None else torch.from_numpy(self._gradient)
         return {"gradient": gradient, "before": self._before, "after": self._after}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`, after the optimizer's own state has been loaded."""
+    def load_state_dict(self, state: Mapping[str, Any], *, own: bool = True) -> None:
+        """Restores `state_dict`, after the optimizer's own state has been loaded; `own`: whether this rank saved it."""
         self._lay_out()
         gradient = state["gradient"]
         self._gradient = None if gradient is None else gradient.cpu().numpy()
         self._before, self._after = (
-            None if t is None else t.to(self._sample.device) for t in (state["before"], state["after"])
+            None if t is None or (not own and self.sharded) else t.to(self._sample.device, copy=True)
+            for t in (state["before"], state["after"])
         )
+        if not (own or self._answers):
+            for part in (self._before, self._after):
+                if part is not None:
+                    part.zero_()
 
 
 def _joint_norm(gradients: list[torch.Tensor]) -> torch.Tensor | None:

@@ -19,10 +19,11 @@ from lbw_rl.controller import Controller
 from lbw_rl.envs.recipe import Recipe, load_recipe, override
 from lbw_rl.envs.task import TrainingTask
 from lbw_rl.governor import HEALTHY_REGIMES
+from lbw_rl.ledger import truncate_jsonl
 from lbw_rl.training_runs import checkpoints as module
 from lbw_rl.training_runs import folders
 from lbw_rl.training_runs.checkpoints import Checkpoints
-from lbw_rl.training_runs.folders import JsonLines, first_line, replace_folder, truncate_jsonl, write_json
+from lbw_rl.training_runs.folders import JsonLines, first_line, replace_folder, write_json
 from lbw_rl.training_runs.run import ALARMS, run
 
 

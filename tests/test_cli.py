@@ -222,7 +222,10 @@ BAD = {
         [*RUN, "--controller", "pid", "--set", "controller.options.kp=-1"],
         ["pid.kp: -1 must be >= 0"],
     ),
-    "unknown mode": ([*RUN, "--mode", "sideways"], ["mode: 'sideways' is unknown", "accepted: off, shadow, skip, lr, govern"]),
+    "unknown mode": (
+        [*RUN, "--mode", "sideways"],
+        ["mode: 'sideways' is unknown", "accepted: off, shadow, skip, lr, govern"],
+    ),
     "missing corpus": ([*RUN, "--set", "data.corpus={}/absent.txt"], ["data.corpus: ", "accepted: 'python-docs'"]),
     "empty corpus": ([*RUN, "--set", "data.corpus={}/empty.txt"], ["data.corpus: ", "too little text"]),
     "corpus no text": ([*RUN, "--set", "data.corpus={}/binary.txt"], ["data.corpus: ", "not UTF-8", "accepted: "]),

@@ -274,3 +274,16 @@ def test_a_policy_governs(tmp_path, policy_folder):
     assert callback.governor.summary()["decisions"] == STEPS
     assert all(torch.isfinite(p).all() for p in weights(trainer))
     assert not same(trainer, run_trainer(tmp_path))
+
+
+def test_a_loss_whose_labels_are_not_shifted_is_taken_as_it_is():
+    """`num_items_in_batch` rescales the losses of causal language models alone; a classifier ignores it."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=48, num_labels=3, **sizes))
+    optimizer = torch.optim.AdamW(model.train().parameters())
+    with Governor(optimizer, "constant", model=model) as governor:
+        tokens, labels = torch.ones(4, 8, dtype=torch.long), torch.tensor([0, 1, 2, 0])
+        loss = model(input_ids=tokens, labels=labels, num_items_in_batch=torch.tensor(4)).loss
+        loss.backward()
+        optimizer.step()
+        assert governor.last_telemetry.loss == pytest.approx(loss.item())

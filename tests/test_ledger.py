@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lbw_rl.ledger import Ledger, read_ledger, truncate_ledger
+from lbw_rl.ledger import Ledger, read_ledger, truncate_jsonl
 
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-(2**53), 2**53), st.floats(), st.text()),
@@ -118,7 +118,7 @@ def test_truncating_drops_the_later_steps_and_torn_lines_and_leaves_every_other_
     whole = [b'{"type":"header","schema":1}\n', *(b'{"type":"decision", "step":%d}\n' % i for i in range(6))]
     event = b'{"type":"skip","step":3}\n'
     path.write_bytes(b"".join([*whole[:4], event, b"no json\n", *whole[4:], b'{"type":"decision","step":1']))
-    assert truncate_ledger(path, 3) == 6
+    assert truncate_jsonl(path, 3) == {"decision": 3}
     assert path.read_bytes() == b"".join(whole[:4])
     assert [p.name for p in tmp_path.iterdir()] == ["l.jsonl"]
 
@@ -127,7 +127,7 @@ def test_truncating_where_nothing_is_late_or_there_is_no_ledger_does_nothing(tmp
     path = tmp_path / "l.jsonl"
     path.write_bytes(b'{"type":"header"}\n{"type":"decision","step":2}\n')
     before = path.stat()
-    assert truncate_ledger(path, 3) == 0
+    assert truncate_jsonl(path, 3) == {"decision": 1}
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert truncate_ledger(tmp_path / "none.jsonl", 0) == 0
+    assert truncate_jsonl(tmp_path / "none.jsonl", 0) == {}
     assert [p.name for p in tmp_path.iterdir()] == ["l.jsonl"]

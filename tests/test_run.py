@@ -12,8 +12,9 @@ import torch
 
 from lbw_rl import SIGNALS
 from lbw_rl.envs.recipe import Recipe, load_recipe, override
+from lbw_rl.ledger import truncate_jsonl
 from lbw_rl.registry import load_controller
-from lbw_rl.training_runs.folders import prepare_output, read_jsonl, truncate_jsonl
+from lbw_rl.training_runs.folders import prepare_output, read_jsonl
 from lbw_rl.training_runs.results import Row
 from lbw_rl.training_runs.run import run
 

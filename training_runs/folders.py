@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -153,48 +152,6 @@ def first_line(path: Path) -> str | None:
     with path.open("rb") as file:
         line = file.readline()
     return line[:-1].decode(errors="replace") if line.endswith(b"\n") else None
-
-
-def truncate_jsonl(path: Path, step: int, header: str | None = None) -> Counter[str]:
-    """Drops the records at or after `step` and all torn lines, so that a resumed run writes each record once.
-
-    The lines that stay keep their bytes. A header, which is a record without a step, stays once and comes first.
-
-    Args:
-        path: the file; where it is missing, nothing is done.
-        step: the first step that will be written again.
-        header: the line to start with where the file has lost its own.
-
-    Returns:
-        How many records of each `type` were kept ("" for records without one), the header not counted.
-
-    Raises:
-        OSError: the disk is full or gone; the file is as it was.
-    """
-    kept: Counter[str] = Counter()
-    if not path.exists():
-        return kept
-    headers, records = [header.encode() + b"\n"] if header is not None else [], []
-    found = False
-    with path.open("rb") as file:
-        for line in file:
-            record = _whole_record(line)
-            at = record.get("step") if record is not None else "torn"
-            if at is None:
-                headers, found = headers if found else [line], True
-            elif record is not None and isinstance(at, int) and at < step:
-                records.append(line)
-                kept[str(record.get("type", ""))] += 1
-    _replace_text(path, [*headers, *records])
-    return kept
-
-
-def _whole_record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line.decode())
-    except ValueError:  # neither JSON nor text
-        return None
-    return record if line.endswith(b"\n") and isinstance(record, dict) else None
 
 
 def _replace_text(path: Path, lines: list[bytes]) -> None:

@@ -18,6 +18,7 @@ from lbw_rl.controller import Controller
 from lbw_rl.envs.recipe import Recipe
 from lbw_rl.envs.task import TrainingTask
 from lbw_rl.governor import HEALTHY_REGIMES, Governor, Mode
+from lbw_rl.ledger import truncate_jsonl
 from lbw_rl.registry import load_controller
 from lbw_rl.stages import check_mode
 from lbw_rl.training_runs.checkpoints import Checkpoints
@@ -26,7 +27,6 @@ from lbw_rl.training_runs.folders import (
     first_line,
     prepare_output,
     replace_folder,
-    truncate_jsonl,
     write_json,
 )
 from lbw_rl.training_runs.same_run import check_same_mode, check_same_recipe, refuse_former_checkpoint

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import math
-import pickle
 import sys
 import weakref
 from collections.abc import Mapping
@@ -21,11 +21,10 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from lbw_rl.authority import Authority
 from lbw_rl.controller import Controller
-from lbw_rl.governor import Governor, Mode, _for_rank
+from lbw_rl.governor import Governor, Mode
 from lbw_rl.json_state import from_json, to_json
-from lbw_rl.ledger import truncate_ledger
+from lbw_rl.ledger import ledger_of_rank, truncate_jsonl
 from lbw_rl.registry import load_controller
-from lbw_rl.sample import is_sharded
 from lbw_rl.stages import check_mode
 
 log = logging.getLogger("lbw_rl")
@@ -129,11 +128,11 @@ class GovernorCallback(TrainerCallback, ExportableState):
             **self._options | {"seed": args.seed if self._options["seed"] is None else self._options["seed"]},
         )
         states: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
-        saved = self._saved(args, states, optimizer) if state.global_step else None
-        ledger = _for_rank(self._options["ledger"], args.process_index)
+        saved = self._saved(states) if state.global_step else None
+        ledger = ledger_of_rank(self._options["ledger"], args.process_index)
         if state.global_step and ledger is not None and self._options["mode"] != "off":
             try:
-                truncate_ledger(ledger, saved["step"] if saved else state.global_step)
+                truncate_jsonl(ledger, saved["step"] if saved else state.global_step)
             except OSError as e:  # fail-open, as every fault of a ledger
                 log.warning("ledger %s: what comes after the checkpoint could not be dropped: %s", ledger, e)
         governor = build()
@@ -183,10 +182,8 @@ class GovernorCallback(TrainerCallback, ExportableState):
                 log.warning("the checkpoint has no governor's state: %s: %s", type(e).__name__, e)
         return {"args": arguments, "attributes": {}, "controller": self.controller.name, "governor": saved}
 
-    def _saved(
-        self, args: TrainingArguments, states: Mapping[str, Any], optimizer: torch.optim.Optimizer
-    ) -> dict[str, Any] | None:
-        """The governor's state in the checkpoint that training resumes from, as this rank has to load it."""
+    def _saved(self, states: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The governor's state in the checkpoint that training resumes from."""
         record = states.get(type(self).__name__)
         if not isinstance(record, dict) or record.get("governor") is None:
             return None
@@ -195,18 +192,9 @@ class GovernorCallback(TrainerCallback, ExportableState):
             return None
         try:
             saved: dict[str, Any] = from_json(record["governor"])
-            measured = saved["measurement"]
         except (ValueError, KeyError, TypeError) as e:  # fail-open, as for a state that does not fit
             log.warning(_ANEW, type(e).__name__, e)
             return None
-        if args.world_size > 1 and measured is not None:
-            # Rank 0 saved it. Ranks add up what each answers for: the same part must not be counted on every one.
-            measured["pending"] = None
-            sharded = any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
-            for name in ("before", "after"):
-                part = measured["probe"][name]
-                if part is not None and (sharded or args.process_index):
-                    measured["probe"][name] = None if sharded else torch.zeros_like(part)
         return saved
 
     def _close(self) -> None:
@@ -221,9 +209,13 @@ def _rebuildable_name(controller: str | Path | Controller) -> str | None:
         return str(controller)
     try:
         named = load_controller(controller.name)
-        return controller.name if pickle.dumps(named) == pickle.dumps(controller) else None
-    except Exception:  # a controller of the user's own has no such name, and need not know pickle
+        return controller.name if type(named) is type(controller) and _fields(named) == _fields(controller) else None
+    except Exception:  # a controller of the user's own has no such name, and may hold anything
         return None
+
+
+def _fields(thing: object) -> str:
+    return json.dumps(vars(thing), default=vars, sort_keys=True)
 
 
 def _unwrapped(optimizer: Any, model: Any) -> tuple[torch.optim.Optimizer, torch.nn.Module | None]:

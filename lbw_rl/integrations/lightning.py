@@ -16,10 +16,9 @@ import torch
 
 from lbw_rl.authority import Authority
 from lbw_rl.controller import Controller
-from lbw_rl.governor import Governor, _for_rank
-from lbw_rl.ledger import truncate_ledger
+from lbw_rl.governor import Governor
+from lbw_rl.ledger import ledger_of_rank, truncate_jsonl
 from lbw_rl.registry import load_controller
-from lbw_rl.sample import is_sharded
 from lbw_rl.snapshot import Stateful
 from lbw_rl.stages import Mode, check_mode
 
@@ -159,16 +158,16 @@ class GovernorCallback(Callback):
             **self._options,
         )
         saved, self._loaded = self._loaded, None
-        ledger = _for_rank(self._options["ledger"], trainer.global_rank)
+        ledger = ledger_of_rank(self._options["ledger"], trainer.global_rank)
         if trainer.global_step and ledger is not None and self._options["mode"] != "off":
             try:  # what came after the checkpoint is done again
-                truncate_ledger(ledger, saved["step"] if saved else trainer.global_step)
+                truncate_jsonl(ledger, saved["step"] if saved else trainer.global_step)
             except OSError as e:  # fail-open, as every fault of a ledger
                 log.warning("ledger %s: what comes after the checkpoint could not be dropped: %s", ledger, e)
         self.governor = build()
         if saved:
             try:
-                self.governor.load_state_dict(_for_this_rank(saved, trainer))
+                self.governor.load_state_dict(saved)
             except Exception as e:  # fail-open: the training resumes, its controller does not
                 log.warning("the governor starts anew, its state could not be restored: %s: %s", type(e).__name__, e)
                 self.governor.close()
@@ -254,21 +253,6 @@ class GovernorCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state until training starts: Lightning calls this before there is an optimizer."""
         self._loaded = state_dict
-
-
-def _for_this_rank(saved: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
-    """The state that rank 0 saved, as this rank has to load it: ranks add up what each of them answers for."""
-    measured = saved["measurement"]
-    if trainer.world_size == 1 or measured is None:
-        return saved
-    sharded = any(is_sharded(p) for group in trainer.optimizers[0].param_groups for p in group["params"])
-    probe = dict(measured["probe"])
-    for name in ("before", "after"):
-        if probe[name] is not None and (sharded or trainer.global_rank):
-            probe[name] = None if sharded else torch.zeros_like(probe[name])
-    # The shards of rank 0 are no other rank's last good state: the first healthy decision keeps a new one.
-    snapshot = None if sharded else saved["snapshot"]
-    return {**saved, "measurement": {**measured, "pending": None, "probe": probe}, "snapshot": snapshot}
 
 
 def _logging_step(trainer: Any) -> int | None:
