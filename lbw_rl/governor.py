@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lbw_rl import votes
 from lbw_rl.action import NEUTRAL, Action, Directive
 from lbw_rl.actuator import Actuator
 from lbw_rl.authority import Authority
@@ -20,13 +21,14 @@ from lbw_rl.controller import Context, Controller
 from lbw_rl.device_guard import DeviceGuard
 from lbw_rl.enforcer import Enforcer, Ruling
 from lbw_rl.exchange import PeerLostError, exchange_for
+from lbw_rl.last_good import LastGood
 from lbw_rl.ledger import ledger_of_rank
 from lbw_rl.measurement import Measured, Measurement
 from lbw_rl.recorder import Recorder, brief, unbrief
 from lbw_rl.registry import load_controller
 from lbw_rl.signals import NAN, Telemetry
 from lbw_rl.snapshot import Snapshot, Stateful
-from lbw_rl.stages import MODES, Mode, Switch, check_mode
+from lbw_rl.stages import Mode, Switch, check_mode
 from lbw_rl.step_hooks import StepHooks
 from lbw_rl.time_limit import TimeLimit
 
@@ -34,7 +36,6 @@ log = logging.getLogger("lbw_rl")
 
 # Two governors' restores would interleave and leave a scale in place for the scheduler to compound.
 _GOVERNED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-_NO_WISH = float(len(MODES))
 
 
 class Governor:
@@ -130,8 +131,9 @@ class Governor:
         limit = self.controller.time_limit
         self._time_limit = TimeLimit(limit) if limit is not None else None
         self._stateful = {"controller": self.controller, **(stateful or {})}
-        self._snapshot = Snapshot(optimizer, snapshot_bytes, model, self._stateful)
-        self._snapshot_fits = True
+        self._last_good = LastGood(
+            Snapshot(optimizer, snapshot_bytes, model, self._stateful), self.authority, self._fault
+        )
         self._ahead: Measured | None = None
         self._hooks: StepHooks | None = None
         self._restorable = self._armed = False
@@ -261,7 +263,7 @@ class Governor:
     def _decide(self) -> Action:
         measured, self._ahead = self._ahead or self._take(), None
         telemetry = self.last_telemetry = measured.telemetry
-        self._settle_votes(measured)
+        self._settle(measured.votes)
         if self.mode == "off":
             return NEUTRAL
         proposed, fault = None, None
@@ -289,13 +291,13 @@ class Governor:
         if len(measured.nonfinite_ranks) and self._measurement is not None and self._measurement.exchange is not None:
             extra["nonfinite_ranks"] = list(measured.nonfinite_ranks)
         if executed.directive is Directive.ROLLBACK:
-            extra["restored_step"] = self._snapshot.step
-            extra["lost_steps"] = [self._snapshot.step, self.step]  # their batches are spent, and not seen again
+            extra["restored_step"] = self._last_good.step
+            extra["lost_steps"] = [self._last_good.step, self.step]  # their batches are spent, and not seen again
         if self._armed and measured.late and telemetry.nonfinite == 1:
             extra["withheld_on_device"] = True
         reasons = (*ruling.reasons, *(("shadow mode",) if self.mode == "shadow" else ()))
         self._recorder.write(self.step, telemetry, proposed, executed, action, reasons, extra)
-        self._keep_last_good(telemetry, executed)
+        self._last_good.offer(self.step, telemetry, executed, self.mode)
         # A skip is for this step only; the scales hold for the whole window.
         self._held = Action(
             lr_scale=executed.lr_scale,
@@ -317,7 +319,11 @@ class Governor:
     def _execute(self, action: Action) -> None:
         assert self._measurement is not None
         if action.directive is Directive.ROLLBACK:
-            self._roll_back()
+            self._last_good.restore()
+            try:
+                self.controller.rolled_back()
+            except Exception as e:
+                self._fault("controller", e)
         bad, self._measurement.bad = self._measurement.bad, None
         self._armed = bad is not None and self.mode != "shadow" and self._enforcer.may_skip()
         if bad is not None and self._armed:
@@ -329,16 +335,6 @@ class Governor:
                 self._measurement.probe.before_step()
             except Exception as e:  # an update that cannot be measured is executed all the same
                 self._fault("probe", e)
-
-    def _roll_back(self) -> None:
-        try:
-            self._snapshot.restore()
-        except Exception as e:
-            self._fault("snapshot", e)
-        try:
-            self.controller.rolled_back()
-        except Exception as e:
-            self._fault("controller", e)
 
     def _let_go(self) -> None:
         """Executes the neutral action, within the slew limit; where even that fails, nothing."""
@@ -364,26 +360,21 @@ class Governor:
             "lr_scale": self.executed.lr_scale,
             "momentum_scale": self.executed.momentum_scale,
         }
-        return self._measurement.take(known, self._votes(), self.step)
+        return self._measurement.take(known, self._vote(), self.step)
 
-    def _votes(self) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """What every rank has to know of this one: its wish for a mode, its last digest, whether it can roll back."""
+    def _vote(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         wish = self._switch.take() if self._switch is not None else None
         self._wished_by = wish[1] if wish is not None else "another rank"
-        digest = int(self._recorder.digest, 16)
-        can = self._snapshot_fits and self._snapshot.step is not None
-        index = float(MODES.index(wish[0])) if wish is not None else _NO_WISH
-        return np.array([index, digest >> 24, digest & 0xFFFFFF, float(can)], np.float32)
+        return votes.cast(wish[0] if wish else None, self._recorder.digest, self._last_good.step is not None)
 
-    def _settle_votes(self, measured: Measured) -> None:
-        votes = measured.votes
-        wish = float(votes[:, 0].min())
-        if wish != _NO_WISH:
-            self._change_mode(MODES[int(wish)], self._wished_by)
-        if (votes[:, 1:3] != votes[0, 1:3]).any() and not self._enforcer.suspended:
+    def _settle(self, ranks: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+        wish, alike, restorable = votes.count(ranks)
+        if wish is not None:
+            self._change_mode(wish, self._wished_by)
+        if not alike and not self._enforcer.suspended:
             self._enforcer.suspend()
             self._fault("ranks", RuntimeError("the ranks' last decisions differ; the controller is suspended on all"))
-        self._restorable = self.mode == "shadow" or bool(votes[:, 3].all())
+        self._restorable = self.mode == "shadow" or restorable  # shadow mode records what would have been done
 
     def _change_mode(self, mode: Mode, by: str) -> None:
         before, scale = self.mode, self.executed.lr_scale
@@ -415,19 +406,6 @@ class Governor:
             "groups": list(self.context.groups),
         }
         return {"controller": self.controller.name, "mode": self.mode, "context": context}
-
-    def _keep_last_good(self, telemetry: Telemetry, action: Action) -> None:
-        snapshot = self._snapshot
-        allowed = self.mode == "govern" and self.authority.max_rollbacks and self._snapshot_fits
-        if not allowed or telemetry.nonfinite or action.directive is not Directive.PROCEED:
-            return
-        due = snapshot.step is None or self.step - snapshot.step >= self.authority.snapshot_every
-        if due and action.regime in HEALTHY_REGIMES and not snapshot.take(self.step):
-            self._fault(
-                "snapshot",
-                MemoryError(f"{snapshot.bytes_needed():,} bytes needed, {snapshot.byte_budget:,} allowed"),
-            )
-            self._snapshot_fits = False
 
     def _fault(self, where: str, error: Exception) -> None:
         self._recorder.fault(where, error, self.step)
@@ -470,7 +448,7 @@ class Governor:
             "executed": brief(self.executed),
             "recorder": self._recorder.state_dict(),
             "overhead_seconds": self._overhead,
-            "snapshot": self._snapshot.state_dict() if self._snapshot.step is not None else None,
+            "snapshot": self._last_good.snapshot.state_dict() if self._last_good.step is not None else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -492,7 +470,7 @@ class Governor:
         self._overhead = state["overhead_seconds"]
         shards_of_another = not own and self._measurement is not None and self._measurement.probe.sharded
         if state["snapshot"] is not None and not shards_of_another:
-            self._snapshot.load_state_dict(state["snapshot"])
+            self._last_good.snapshot.load_state_dict(state["snapshot"])
 
     def flush(self) -> None:
         """Brings the ledger to the disk, for a checkpoint that must not be ahead of it."""
@@ -521,10 +499,6 @@ class Governor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-HEALTHY_REGIMES = frozenset({"steady", "calibrating", "annealing", "raising", "holding-back", "learned"})
-"""Regimes in which a state may be kept as the last good one."""
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

@@ -18,7 +18,7 @@ from lbw_rl import Action
 from lbw_rl.controller import Controller
 from lbw_rl.envs.recipe import Recipe, load_recipe, override
 from lbw_rl.envs.task import TrainingTask
-from lbw_rl.governor import HEALTHY_REGIMES
+from lbw_rl.last_good import HEALTHY_REGIMES
 from lbw_rl.ledger import truncate_jsonl
 from lbw_rl.training_runs import checkpoints as module
 from lbw_rl.training_runs import folders

@@ -148,3 +148,11 @@ def test_the_example_of_every_loop_runs(heading, loop_names, tmp_path, monkeypat
     moved = any(not torch.equal(a, b.cpu()) for a, b in zip(before, loop_names["model"].parameters()))
     assert moved == (heading != "Resuming")
     assert (tmp_path / "run/ledger.jsonl").is_file() == ("ledger=" in LOOP_EXAMPLES[heading])
+
+
+def test_every_test_that_the_table_names_exists():
+    table = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8").split("## What works where")[1]
+    named = {name for name in re.findall(r"`([a-z_]+)(?:\[[^\]]+\])?`", table) if len(name) > 25}
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) >= 28
+    assert [name for name in sorted(named) if f"def test_{name}(" not in sources] == []

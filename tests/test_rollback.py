@@ -197,7 +197,7 @@ def test_a_state_that_cannot_be_put_back_still_costs_no_poisoned_step(make_mlp, 
     def broken():
         raise RuntimeError("host memory is gone")
 
-    monkeypatch.setattr(governor._snapshot, "restore", broken)
+    monkeypatch.setattr(governor._last_good.snapshot, "restore", broken)
     for step in range(BACK_AT + 1):
         optimizer.zero_grad()
         model(torch.randn(4, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
@@ -224,7 +224,7 @@ def test_unhealthy_states_never_become_the_last_good_one(make_mlp):
         optimizer.zero_grad()
         model(torch.randn(4, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
         optimizer.step()
-    assert governor._snapshot.step == 1
+    assert governor._last_good.step == 1
 
 
 def test_lbw_guard_goes_on_with_half_the_caution_factor_of_the_good_state():

@@ -17,7 +17,8 @@ import torch
 from lbw_rl.controller import Controller
 from lbw_rl.envs.recipe import Recipe
 from lbw_rl.envs.task import TrainingTask
-from lbw_rl.governor import HEALTHY_REGIMES, Governor, Mode
+from lbw_rl.governor import Governor, Mode
+from lbw_rl.last_good import HEALTHY_REGIMES
 from lbw_rl.ledger import truncate_jsonl
 from lbw_rl.registry import load_controller
 from lbw_rl.stages import check_mode

@@ -29,7 +29,8 @@ from rich.table import Table
 from lbw_rl.cli.console import meter, out
 from lbw_rl.envs.recipe import Recipe, load_recipe, override
 from lbw_rl.envs.task import TrainingTask
-from lbw_rl.governor import HEALTHY_REGIMES, Governor
+from lbw_rl.governor import Governor
+from lbw_rl.last_good import HEALTHY_REGIMES
 from lbw_rl.training_runs import compare
 from lbw_rl.training_runs.benchmarks.records import Rows, choose, fingerprint, machine, median_interval, refuse_faults
 from lbw_rl.training_runs.folders import write_json
