@@ -77,6 +77,7 @@ def assemble(kind, scenario, out, rank, world):
         "model": model,
         "stateful": {"scheduler": scheduler},
         "measure_device": scenario == "slow-rank",
+        "late": scenario == "late",
     }
     if scenario == "differing-settings":
         options["total_steps"] = STEPS + rank

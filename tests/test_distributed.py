@@ -19,7 +19,7 @@ RUNS = {
     ("single", 1): ["plain", "accumulated"],
     ("ddp", 2): [
         *("plain", "nan-loss", "rollback", "resumed", "ungoverned", "idle", "accumulated"),
-        *("disagreement", "kill-switch", "slow-rank"),
+        *("disagreement", "kill-switch", "slow-rank", "late"),
     ],
     ("ddp", 4): ["plain"],
     ("fsdp", 2): ["plain", "nan-loss", "rollback", "resumed", "ungoverned", "idle"],
@@ -63,12 +63,15 @@ def events(folder, rank=0):
     return json.loads((folder / f"events.{rank}.json").read_text())
 
 
-KINDS = [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)]
+KINDS = [
+    *(("ddp", 2, "plain"), ("ddp", 4, "plain"), ("ddp", 2, "late")),
+    *(("fsdp", 2, "plain"), ("fsdp", 4, "plain"), ("hsdp", 4, "plain")),
+]
 
 
-@pytest.mark.parametrize(("kind", "ranks"), KINDS)
-def test_every_rank_decides_alike_on_one_collective_per_decision(finished, kind, ranks):
-    folder = finished(kind, "plain", ranks)
+@pytest.mark.parametrize(("kind", "ranks", "scenario"), KINDS)
+def test_every_rank_decides_alike_on_one_collective_per_decision(finished, kind, ranks, scenario):
+    folder = finished(kind, scenario, ranks)
     digests = [[d["digest"] for d in decisions(folder, rank)] for rank in range(ranks)]
     assert all(d == digests[0] for d in digests)
     assert len(digests[0]) == 24
