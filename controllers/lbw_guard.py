@@ -16,6 +16,9 @@ from lbw_rl.signals import Telemetry
 from lbw_rl.statistics import ExponentialMean
 
 
+_USUAL_SURPRISE = 1.3  # of a healthy run; 1 would be a gradient that its second moment knows exactly
+
+
 class LBWGuard(Controller):
     """Inner loop on the update-to-weight ratio, guarded by loss, gradient norm and surprise.
 
@@ -32,7 +35,7 @@ class LBWGuard(Controller):
     | bad-batch | loss > 6 deviations and > 1 nat above its mean, at most ten times in a row | skip |
     | diverged | fast mean loss > best + `damage` nats, for a while | rollback (where permitted), caution ÷ 2 |
     | loss-spike | loss > 6 deviations above its mean | caution ÷ 2 |
-    | overshoot | surprise > 2.5: the second moment lags the gradient | caution ÷ 2 once, at the onset |
+    | overshoot | surprise > 2.5: the second moment lags the gradient | at the onset: scale × 1.3 / surprise, for that step |
     | calibrating | no update measured yet | scale 1 |
     | holding-back / raising | scale needed is < 1/2 / > 2 | r* |
     | annealing | progress > 0.7 | r* |
@@ -88,10 +91,9 @@ class LBWGuard(Controller):
         self._bad_batches = 0 if not self._is_bad_batch(t.loss) else self._bad_batches
         alarm, evidence = self._alarm(t)
         self._grad_norm.update(t.grad_norm)
-        # While v lags, the inner loop holds the update itself; cutting at every step would only add to that.
-        lasting = alarm == "overshoot" and self._overshooting
+        onset = alarm == "overshoot" and not self._overshooting
         self._overshooting = alarm == "overshoot"
-        if alarm and not lasting:
+        if alarm and alarm != "overshoot":
             self._caution = max(0.1, self._caution / 2)
         else:
             self._caution = min(1.0, self._caution * 1.1)
@@ -100,6 +102,9 @@ class LBWGuard(Controller):
         scale = self._plant.scale_for(target, t.learning_rate)
         if scale is None:
             return self._propose(1.0, alarm or "calibrating", evidence)
+        if onset:
+            # Surprise foretells the first too large update, which the plant has yet to see; from then on it holds them.
+            scale *= min(1.0, _USUAL_SURPRISE / t.surprise)
         evidence = {**evidence, "update_ratio": t.update_ratio, "target": target, "caution": self._caution}
         if alarm == "diverged":
             self._reset_detectors()
