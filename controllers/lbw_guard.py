@@ -15,7 +15,6 @@ from lbw_rl.setpoint import DISPLACEMENT, RatioPlant, ratio_level
 from lbw_rl.signals import Telemetry
 from lbw_rl.statistics import ExponentialMean
 
-
 _USUAL_SURPRISE = 1.3  # of a healthy run; 1 would be a gradient that its second moment knows exactly
 
 

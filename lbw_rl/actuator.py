@@ -41,6 +41,7 @@ class Actuator:
         self._in_place: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._withheld: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
+    @torch.no_grad()
     def apply(self, action: Action) -> None:
         """Writes the action's scales, or withholds the gradients if it skips."""
         self.restore()  # a step that raised never reached its post hook
@@ -54,6 +55,7 @@ class Actuator:
             for group in groups:
                 self._scale_momentum(group, action.momentum_scale)
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Puts back what `apply` changed; does nothing if nothing is changed."""
         for group, key, value in self._saved:
@@ -79,7 +81,7 @@ class Actuator:
                     done.add(id(lr))
                     self._in_place.append((lr, lr.clone()))
                     lr.mul_(scale)
-            elif scale != 1.0:
+            elif scale != 1.0 and lr is not None:  # None: the optimizer makes its own
                 self._saved.append((group, "lr", lr))
                 group["lr"] = lr * scale
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable
@@ -36,8 +37,9 @@ class ClipTap:
     def heard(self, clipped: list[torch.Tensor], norm: torch.Tensor) -> None:
         """Passes the norm on if all gradients of the optimizer were clipped by it."""
         ids = {id(p) for p in clipped}
-        if all(id(p) in ids for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None):
-            self._listener(norm.detach())
+        own = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if own and all(id(p) in ids for p in own):
+            self._listener(torch.as_tensor(norm).detach())
 
     def close(self) -> None:
         """Stops listening; the last one puts torch's function back."""
@@ -47,7 +49,7 @@ class ClipTap:
 
 def _install() -> None:
     global _original, _wrapper
-    if _original is not None:
+    if _original is not None and torch.nn.utils.clip_grad_norm_ is not _original:
         return
     original = _original = torch.nn.utils.clip_grad_norm_
 
@@ -58,7 +60,8 @@ def _install() -> None:
             parameters = list(parameters)  # a generator can be read once only
         norm = original(parameters, max_norm, norm_type, *args, **kwargs)
         for tap in listening:
-            tap.heard([parameters] if isinstance(parameters, torch.Tensor) else parameters, norm)
+            with contextlib.suppress(Exception):  # whatever a patched clipping returns, its caller gets it
+                tap.heard([parameters] if isinstance(parameters, torch.Tensor) else parameters, norm)
         return norm
 
     _wrapper = torch.nn.utils.clip_grad_norm_ = torch.nn.utils.clip_grad.clip_grad_norm_ = clip_grad_norm_

@@ -40,7 +40,7 @@ class DeviceGuard:
                 if parameter.grad is not None:
                     gradient = parameter.grad
                     local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-                    local.masked_fill_(bad, 0.0)
+                    (local._values() if local.is_sparse else local).masked_fill_(bad, 0.0)
 
     def disarm(self) -> None:
         """After the step: leaves the optimizer's attributes as they were."""

@@ -41,6 +41,7 @@ class Enforcer:
         self.rollbacks = 0
         self._last_rollback: int | None = None
         self._skips: list[int] = []
+        self._before_shadow: tuple[int, int | None, list[int]] = (0, None, [])
 
     @property
     def suspended(self) -> bool:
@@ -51,6 +52,12 @@ class Enforcer:
         """Changes how much may be used, from the next ruling on."""
         if not {mode, self.mode} <= {"lr", "govern"}:  # no scale was in force, or none will be: the slew starts at 1
             self.lr_scale, self._group_lr_scales = 1.0, ()
+        # What shadow mode would have done has cost nothing, and leaves no debt behind.
+        if mode == "shadow" != self.mode:
+            self._before_shadow = (self.rollbacks, self._last_rollback, list(self._skips))
+        elif self.mode == "shadow" != mode:
+            self.rollbacks, self._last_rollback, skips = self._before_shadow
+            self._skips = list(skips)
         self.mode = mode
 
     def suspend(self) -> None:
@@ -190,6 +197,7 @@ class Enforcer:
             "rollbacks": self.rollbacks,
             "last_rollback": self._last_rollback,
             "skips": list(self._skips),
+            "before_shadow": list(self._before_shadow),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -200,6 +208,8 @@ class Enforcer:
         self.rollbacks = state["rollbacks"]
         self._last_rollback = state["last_rollback"]
         self._skips = list(state["skips"])
+        rollbacks, last, skips = state["before_shadow"]
+        self._before_shadow = (rollbacks, last, list(skips))
 
 
 def _malformed(proposed: object, groups: int | None) -> str | None:
@@ -221,6 +231,10 @@ def _malformed(proposed: object, groups: int | None) -> str | None:
         return f"regime is {proposed.regime!r}, not a str"
     if not isinstance(proposed.evidence, Mapping):
         return f"evidence is {proposed.evidence!r}, not a mapping"
+    try:
+        dict(proposed.evidence)
+    except Exception as e:
+        return f"evidence cannot be read ({type(e).__name__}: {e})"
     return None
 
 

@@ -62,7 +62,8 @@ class Governor:
             scaler's factor is then a signal too.
         snapshot_bytes: host memory for the last good state, used only where authority and mode allow rollbacks.
         control: a file that may hold a mode; written while the run goes on, it changes the mode at the next decision.
-        kill_signal: for instance `signal.SIGUSR1`; at the next step the governor lets go for good and says so.
+        kill_signal: for instance `signal.SIGUSR1`; at the next step (with ranks: the next decision) the governor lets go
+            for good and says so.
         measure_device: whether clock and device are measured; without them, same seed, same ledger.
         device_index: which GPU NVML reads, as CUDA counts them; None means 0.
         late: whether a decision uses the values of the one before, so that nothing waits for the device, and poisoned
@@ -146,6 +147,7 @@ class Governor:
             return
         if exchange is not None:
             exchange.agree({**self._header(), "collective_timeout": collective_timeout})
+        self._switch = Switch(control, kill_signal)  # may refuse, before anything is attached
         first = next((p for group in optimizer.param_groups for p in group["params"]), None)
         self._measurement = Measurement(
             optimizer,
@@ -157,8 +159,9 @@ class Governor:
             clock_and_device=measure_device,
             scaler=self._stateful.get("scaler"),
         )
-        self._switch = Switch(control, kill_signal)
-        self._hooks = StepHooks(optimizer, self._hold, self._begin, self._again, self._end)
+        self._hooks = StepHooks(optimizer, self._hold, self._begin, self._again, self._end, self._put_back)
+        # A checkpoint written while an exception of a step is handled must hold the scheduled rate.
+        self._saving = optimizer.register_state_dict_pre_hook(lambda _: self._put_back_after_a_raise())
         if mode != "shadow":
             _GOVERNED.add(optimizer)
 
@@ -223,12 +226,12 @@ class Governor:
             self._actuator.apply(self._held)
         except Exception as e:
             self._fault("actuator", e)
-            self._actuator.restore()
+            self._put_back()
 
     def _begin(self, closure_result: Any) -> None:
         start = time.perf_counter()
         try:
-            self._actuator.restore()  # a step that raised never reached its post hook
+            self._put_back()  # a step that raised may have left something
             if self._measurement is not None:
                 self._measurement.observer.closure_loss(closure_result)
             action = self._decide() if self.step % self.context.decide_every == 0 else self._between()
@@ -243,14 +246,28 @@ class Governor:
 
     def _again(self) -> None:
         """A line search has brought new gradients: a withheld step withholds them too."""
-        if self.executed.directive is not Directive.PROCEED:
-            self._actuator.apply(self.executed)
+        try:
+            if self.executed.directive is not Directive.PROCEED:
+                self._actuator.apply(self.executed)
+        except Exception as e:
+            self._fault("actuator", e)
 
-    def _end(self) -> None:
-        start = time.perf_counter()
+    def _put_back(self) -> None:
+        """Leaves nothing of a step's action behind; the hooks tell when a step that raised is gone."""
         try:
             self._guard.disarm()
             self._actuator.restore()
+        except Exception as e:
+            self._fault("actuator", e)
+
+    def _put_back_after_a_raise(self) -> None:
+        if self._hooks is not None and not self._hooks.within_step():
+            self._put_back()
+
+    def _end(self) -> None:
+        start = time.perf_counter()
+        self._put_back()
+        try:
             if self._measurement is not None:
                 self._measurement.probe.after_step()
         except Exception as e:  # fail-open
@@ -309,6 +326,10 @@ class Governor:
     def _between(self) -> Action:
         """The action of a step between two decisions: that of the window, unless this step alone is poisoned."""
         assert self._measurement is not None
+        if self._switch is not None and self._switch.killed and self._measurement.exchange is None:
+            self._change_mode(*(self._switch.take() or ("off", "")))
+            return NEUTRAL
+        self._measurement.flag_between()
         if self.mode in ("shadow", "off") or not self._measurement.poisoned_now() or not self._enforcer.may_skip():
             return self._held
         self._enforcer.note_skip()
@@ -320,13 +341,18 @@ class Governor:
         assert self._measurement is not None
         if action.directive is Directive.ROLLBACK:
             self._last_good.restore()
+            self._measurement.probe.forget()
             try:
                 self.controller.rolled_back()
             except Exception as e:
                 self._fault("controller", e)
+        if self._measurement is None:  # the controller has closed it
+            return
         bad, self._measurement.bad = self._measurement.bad, None
-        self._armed = bad is not None and self.mode != "shadow" and self._enforcer.may_skip()
-        if bad is not None and self._armed:
+        arm = bad is not None and self.mode != "shadow" and self._enforcer.may_skip()
+        if self.step % self.context.decide_every == 0:  # what the next decision's telemetry will speak of
+            self._armed = arm
+        if bad is not None and arm:
             self._guard.arm(bad)
         self._actuator.apply(action)
         self.executed = action
@@ -338,13 +364,16 @@ class Governor:
 
     def _let_go(self) -> None:
         """Executes the neutral action, within the slew limit; where even that fails, nothing."""
-        self._actuator.restore()
-        self.executed = NEUTRAL if self.mode == "shadow" else self._enforcer.let_go(self.executed.lr_scale)
+        if self._measurement is None:  # closed meanwhile: nobody would put the scale back
+            self.executed = self._held = NEUTRAL
+            return
+        self._put_back()
+        self.executed = self._held = NEUTRAL if self.mode == "shadow" else self._enforcer.let_go(self.executed.lr_scale)
         try:
             self._actuator.apply(self.executed)
         except Exception as e:  # the optimizer cannot be written to at all
             self._fault("actuator", e)
-            self._actuator.restore()
+            self._put_back()
             self.executed = NEUTRAL
 
     # --- what it sees, and who agrees --------------------------------------------------------------------
@@ -444,6 +473,7 @@ class Governor:
             "controller": self.controller.state_dict(),
             "enforcer": self._enforcer.state_dict(),
             "measurement": self._measurement.state_dict() if self._measurement is not None else None,
+            "armed": self._armed,
             "held": brief(self._held),
             "executed": brief(self.executed),
             "recorder": self._recorder.state_dict(),
@@ -465,12 +495,16 @@ class Governor:
         self.executed = unbrief(state["executed"])
         # The state may come from a run with wider authority, or from one in another mode.
         held = self.authority.clip(unbrief(state["held"]), self.executed.lr_scale)[0]
+        self._ahead = None
+        self._armed = state["armed"]
         self._held = held if self.mode in ("lr", "govern") else NEUTRAL
         self._recorder.load_state_dict(state["recorder"])
         self._overhead = state["overhead_seconds"]
         shards_of_another = not own and self._measurement is not None and self._measurement.probe.sharded
         if state["snapshot"] is not None and not shards_of_another:
             self._last_good.snapshot.load_state_dict(state["snapshot"])
+        else:
+            self._last_good.snapshot.drop()  # one of another history
 
     def flush(self) -> None:
         """Brings the ledger to the disk, for a checkpoint that must not be ahead of it."""
@@ -478,10 +512,10 @@ class Governor:
 
     def close(self) -> None:
         """Lets go of the optimizer and the model; the run continues ungoverned. Safe to call twice."""
-        self._guard.disarm()
-        self._actuator.restore()
+        self._put_back()
         if self._hooks is not None:
             self._hooks.remove()
+            self._saving.remove()
         if self._measurement is not None and self.mode != "shadow":
             _GOVERNED.discard(self.optimizer)
         if self._measurement is not None:
@@ -514,4 +548,4 @@ def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 def _scheduled_lr(optimizer: torch.optim.Optimizer) -> float:
     lr = optimizer.param_groups[0].get("lr", NAN)
     on_device = isinstance(lr, torch.Tensor) and lr.device.type != "cpu"
-    return NAN if on_device else float(lr)  # the probe brings it along without a sync
+    return NAN if on_device or lr is None else float(lr)  # the probe brings it along without a sync

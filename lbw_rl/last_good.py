@@ -32,7 +32,7 @@ class LastGood:
     @property
     def step(self) -> int | None:
         """The optimizer step before which the kept state was, None if there is none."""
-        return self.snapshot.step if self._fits else None
+        return self.snapshot.step
 
     def offer(self, step: int, telemetry: Telemetry, action: Action, mode: Mode) -> None:
         """Keeps the present state if one is due and this one is healthy."""
@@ -41,10 +41,22 @@ class LastGood:
             return
         kept = self.snapshot.step
         due = kept is None or step - kept >= self._authority.snapshot_every
-        if due and action.regime in HEALTHY_REGIMES and not self.snapshot.take(step):
+        if not due or action.regime not in HEALTHY_REGIMES:
+            return
+        try:
+            kept_now = self.snapshot.take(step)
+        except Exception as e:  # a state that cannot be copied
+            self._fault("snapshot", e)
+            self._give_up()
+            return
+        if not kept_now:
             needed, allowance = self.snapshot.bytes_needed(), self.snapshot.byte_budget
             self._fault("snapshot", MemoryError(f"{needed:,} bytes needed, {allowance:,} allowed"))
-            self._fits = False
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._fits = False
+        self.snapshot.drop()
 
     def restore(self) -> None:
         """Goes back; a state that cannot be put back is a fault, and the step at hand is withheld all the same."""

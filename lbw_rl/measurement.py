@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lbw_rl.clip_tap import ClipTap
 from lbw_rl.device import DeviceSource
 from lbw_rl.exchange import Exchange
-from lbw_rl.observer import Observer
+from lbw_rl.observer import Observer, Window
 from lbw_rl.probe import SCALARS, SEGMENTS, Packed, Probe
 from lbw_rl.signals import NAN, SIGNALS, Telemetry
 from lbw_rl.transfer import Transfer
@@ -90,7 +90,7 @@ class Measurement:
         clock_and_device: bool = True,
         scaler: Any = None,
     ) -> None:
-        self.observer = Observer(model)
+        self.observer = Observer(model, fault)
         self.probe = Probe(optimizer, answers=exchange is None or exchange.rank == 0)
         self.exchange, self.late = exchange, late
         self._fault = fault
@@ -142,11 +142,21 @@ class Measurement:
             self._fault("probe", e)
             return False
 
+    def flag_between(self) -> None:
+        """Where nothing waits for the device, has it tell itself whether a step between two decisions is poisoned."""
+        if not self.late or self.probe.sharded:
+            return
+        try:
+            self.bad = _not_finite(self.probe.pack_scalars(*self.observer.peek(alone=self.exchange is None)))
+        except Exception as e:
+            self._fault("probe", e)
+
     def _measure(self, known: dict[str, float]) -> _Pending:
-        window = self.observer.collect()
+        window = Window(None, None, None, {})
         packed = transfer = None
         self.bad = None
         try:
+            window = self.observer.collect()
             packed = self.probe.pack(window.loss, window.step_loss, window.grad_norm, _loss_scale(self._scaler))
             transfer = Transfer(packed.values)
             if self.late:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,17 +31,30 @@ class Observer:
     """Accumulates what one decision window brings, without a host transfer.
 
     What the caller passes takes precedence over what the model's forward pass shows, so that nothing counts twice.
+
+    Args:
+        model: whose forward passes are heard; None for none.
+        fault: told (source, error) of a forward pass that could not be read.
     """
 
-    def __init__(self, model: torch.nn.Module | None) -> None:
+    def __init__(self, model: torch.nn.Module | None, fault: Callable[[str, Exception], None]) -> None:
+        self._fault = fault
         self._explicit: list[torch.Tensor] = []
         self._from_model: list[torch.Tensor] = []
+        self._deaf = False
         self._grad_norm: torch.Tensor | float | None = None
         self._explicit_tokens = self._model_tokens = 0
         self._steps = 0
         self._earlier = (0, 0)  # losses, of either source, that belong to earlier steps of the window
         self._since = time.perf_counter()
         self._hook = model.register_forward_hook(self._on_forward, with_kwargs=True) if model is not None else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Observer:
+        copied = Observer(
+            None, lambda *_: None
+        )  # a copy of the model brings its hook along: it must not collect for nobody
+        copied._deaf = True
+        return copied
 
     def loss(self, value: torch.Tensor | float) -> None:
         """Takes in one micro-batch's loss."""
@@ -81,12 +94,11 @@ class Observer:
             clock["step_seconds"] = (now - self._since) / self._steps
             if tokens:
                 clock["tokens_per_second"] = tokens / (now - self._since)
-        loss, step_loss = _means(losses, earlier)
-        window = Window(loss, step_loss, self._grad_norm, clock)
+        norm = self._grad_norm
         self._explicit, self._from_model, self._grad_norm = [], [], None
         self._steps, self._since, self._earlier = 0, now, (0, 0)
         self._explicit_tokens = self._model_tokens = 0
-        return window
+        return Window(*_means(losses, earlier), norm, clock)
 
     def state_dict(self) -> dict[str, Any]:
         """The window so far: a checkpoint may fall between two decisions."""
@@ -115,8 +127,14 @@ class Observer:
 
     @torch.compiler.disable
     def _on_forward(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not (module.training and torch.is_grad_enabled()):
+        if self._deaf or not (module.training and torch.is_grad_enabled()):
             return  # an evaluation in the middle of a window is no training signal
+        try:
+            self._hear(module, args, kwargs, output)
+        except Exception as e:  # an exception here would be one of the model's
+            self._fault("observer", e)
+
+    def _hear(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         loss = getattr(output, "loss", None)
         if isinstance(loss, torch.Tensor):
             self._from_model.append(_own_mean(module, loss.detach(), kwargs))
@@ -155,4 +173,5 @@ def _own_mean(module: torch.nn.Module, loss: torch.Tensor, inputs: Mapping[str, 
     if total is None or not isinstance(labels, torch.Tensor):
         return loss
     targets = inputs["shift_labels"] if inputs.get("shift_labels") is not None else labels[..., 1:]
-    return loss * total / (targets != -100).sum().clamp_min(1)
+    own = (targets != -100).sum().clamp_min(1)
+    return loss * torch.as_tensor(total, device=loss.device) / own.to(loss.device)

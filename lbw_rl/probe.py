@@ -95,7 +95,7 @@ class Probe:
     def __init__(self, optimizer: torch.optim.Optimizer, sample: int = SAMPLE_SIZE, *, answers: bool = True) -> None:
         self.optimizer = optimizer
         self._size, self._answers = sample, answers
-        self._layout_key: tuple[int, ...] = ()
+        self._layout_key: tuple[tuple[int, ...], ...] = ()
         self._weight_views: list[tuple[int, torch.Tensor]] = []
         self._moment_views: list[tuple[int, torch.Tensor]] = []
         self._before: torch.Tensor | None = None
@@ -135,7 +135,9 @@ class Probe:
         """
         self._lay_out()
         scale, found_inf = (getattr(self.optimizer, name, None) for name in ("grad_scale", "found_inf"))
-        norm, shard_norm = _split(grad_norm, self._answers) if grad_norm is not None else self._norms(scale)
+        norm, shard_norm = (
+            _split(grad_norm, self._answers) if grad_norm is not None else self._norms(scale, self._answers)
+        )
         lr = self.optimizer.param_groups[0].get("lr")
         if not (isinstance(lr, torch.Tensor) and lr.device.type != "cpu"):
             lr = None  # known on the host already
@@ -147,10 +149,10 @@ class Probe:
         return self._packed(dict(zip((*SCALARS, *SEGMENTS), (*scalars, *segments))))
 
     def pack_scalars(self, loss: torch.Tensor | None, grad_norm: torch.Tensor | float | None) -> Packed:
-        """Loss and norm alone, as `pack` takes them."""
+        """Loss and norm alone, as `pack` takes them; every rank answers for itself."""
         self._lay_out()
         scale = getattr(self.optimizer, "grad_scale", None)
-        norm, shard_norm = _split(grad_norm, True) if grad_norm is not None else self._norms(scale)
+        norm, shard_norm = _split(grad_norm, True) if grad_norm is not None else self._norms(scale, True)
         return self._packed({"loss": loss, "norm": norm, "shard_norm": shard_norm})
 
     def _packed(self, values_of: Mapping[str, torch.Tensor | float | None]) -> Packed:
@@ -181,12 +183,12 @@ class Probe:
             return None
         return self._sample.gather(lambda part: part.parameter, self._weight_views)
 
-    def _norms(self, scale: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _norms(self, scale: torch.Tensor | None, answers: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """L2 norms of the gradients that this rank answers for: the replicated ones, and its shards."""
         gradients = [p.grad for p in self._sample.parameters if p.grad is not None]
-        shared, shards = gradients if self._answers else [], []
+        shared, shards = gradients if answers else [], []
         if self._sample.sharded:
-            own = [(g, own_shard(g, answers=self._answers)) for g in gradients]
+            own = [(g, own_shard(g, answers=answers)) for g in gradients]
             shared = [o for g, o in own if o is not None and not is_sharded(g)]
             shards = [o for g, o in own if o is not None and is_sharded(g)]
         norm, shard_norm = _joint_norm(shared), _joint_norm(shards)
@@ -227,8 +229,7 @@ class Probe:
     def _lay_out(self) -> None:
         """Chooses the sample anew when what is trained changes (`add_param_group`, a loaded state, an unfreezing)."""
         groups = self.optimizer.param_groups
-        trained = sum(p.requires_grad for g in groups for p in g["params"])
-        key = (*(id(g) for g in groups), *(len(g["params"]) for g in groups), trained)
+        key = tuple((id(g), *(id(p) * 2 + p.requires_grad for p in g["params"])) for g in groups)
         if key == self._layout_key:
             return
         self._sample = Sample(groups, self._size, answers=self._answers)
@@ -262,6 +263,10 @@ class Probe:
                 signals |= _update_signals(host["before"], host["after"])
         return signals
 
+    def forget(self) -> None:
+        """Drops what the next measurement would compare with: after a rollback it belongs to another history."""
+        self._before = self._after = self._gradient = None
+
     def remember(self, gradient: Vector) -> None:
         """Takes a healthy gradient as what the next one is compared with; a poisoned one must never become it."""
         self._gradient = gradient
@@ -289,7 +294,10 @@ class Probe:
 def _joint_norm(gradients: list[torch.Tensor]) -> torch.Tensor | None:
     if not gradients:
         return None
-    norms = list(torch._foreach_norm([g.coalesce().values() if g.is_sparse else g for g in gradients]))
+    dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    # Half precision ends at 65504: the norm of a healthy tensor would be infinite.
+    halves = any(g.dtype in (torch.float16, torch.bfloat16) for g in dense) and not any(g.is_complex() for g in dense)
+    norms = list(torch._foreach_norm(dense, 2, torch.float32) if halves else torch._foreach_norm(dense))
     if len({(n.device, n.dtype) for n in norms}) > 1:
         norms = [n.float().to(norms[0].device) for n in norms]
     return torch.linalg.vector_norm(torch.stack(norms).float())

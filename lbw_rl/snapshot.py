@@ -61,8 +61,10 @@ class Snapshot:
         self._tensors: list[torch.Tensor] = []
         self._state: list[dict[str, Any]] = []
         self._groups: list[dict[str, Any]] = []
+        self._loose: dict[Any, Any] = {}
         self._others: dict[str, Any] = {}
         self._random: dict[str, Any] = {}
+        self._of: list[int] | None = None  # whose copy it is; unknown for one from a checkpoint
 
     def bytes_needed(self) -> int:
         """Size of one copy, in bytes."""
@@ -75,12 +77,12 @@ class Snapshot:
         """Replaces the copy with the present state; False if it does not fit the budget."""
         if self.bytes_needed() > self.byte_budget:
             return False
-        self._tensors = [_to_host(t) for t in (*self._owned(), *self._buffers())]
-        self._state = [
+        tensors = [_to_host(t) for t in (*self._owned(), *self._buffers())]
+        own_state = [
             {k: _to_host(v) if isinstance(v, torch.Tensor) else copy.deepcopy(v) for k, v in state.items()}
             for state in (self.optimizer.state.get(p, {}) for p in self._owned())
         ]
-        self._groups = [
+        groups = [
             {
                 k: _to_host(v) if isinstance(v, torch.Tensor) else copy.deepcopy(v)
                 for k, v in group.items()
@@ -88,7 +90,11 @@ class Snapshot:
             }
             for group in self.optimizer.param_groups
         ]
-        self._others = {name: copy.deepcopy(other.state_dict()) for name, other in self.stateful.items()}
+        others = {name: copy.deepcopy(other.state_dict()) for name, other in self.stateful.items()}
+        loose = {k: copy.deepcopy(v) for k, v in self.optimizer.state.items() if not isinstance(k, torch.Tensor)}
+        # All or nothing: a copy that failed half way must not be mixed with the one before.
+        self._tensors, self._state, self._groups = tensors, own_state, groups
+        self._loose, self._others, self._of = loose, others, [id(p) for p in self._owned()]
         self._random = capture_random_state()
         self.step = step
         return True
@@ -102,19 +108,28 @@ class Snapshot:
         """
         if self.step is None:
             raise RuntimeError("no snapshot has been taken yet")
-        for tensor, saved in zip((*self._owned(), *self._buffers()), self._tensors):
+        present = (*self._owned(), *self._buffers())
+        shapes = [_shard(t).shape for t in present] == [t.shape for t in self._tensors]
+        if not shapes or self._of not in (None, [id(p) for p in self._owned()]):
+            raise RuntimeError("parameters or buffers are not those of the snapshot")
+        for tensor, saved in zip(present, self._tensors):
             _write(tensor, saved)
         for parameter, state in zip(self._owned(), self._state):
             if not state:  # as before its first step, when some optimizers test for membership
                 self.optimizer.state.pop(parameter, None)
                 continue
             _restore_values(self.optimizer.state[parameter], state, parameter)
-        scheduled = frozenset() if "scheduler" in self.stateful else _OF_THE_SCHEDULE
+        self.optimizer.state.update(copy.deepcopy(self._loose))
+        scheduled = frozenset() if self._rewinds_the_schedule() else _OF_THE_SCHEDULE
         for group, saved_group in zip(self.optimizer.param_groups, self._groups):
             _restore_values(group, {k: v for k, v in saved_group.items() if k not in scheduled}, None)
         for name, other in self.stateful.items():
             other.load_state_dict(copy.deepcopy(self._others[name]))
         restore_random_state(self._random)
+
+    def _rewinds_the_schedule(self) -> bool:
+        schedulers = (torch.optim.lr_scheduler.LRScheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        return "scheduler" in self.stateful or any(isinstance(s, schedulers) for s in self.stateful.values())
 
     def _owned(self) -> list[torch.Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -131,6 +146,7 @@ class Snapshot:
             "tensors": self._tensors,
             "state": self._state,
             "groups": self._groups,
+            "loose": self._loose,
             "others": self._others,
             "random": self._random,
         }
@@ -138,7 +154,14 @@ class Snapshot:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`."""
         self.step, self._tensors, self._state = state["step"], state["tensors"], state["state"]
-        self._groups, self._others, self._random = state["groups"], state["others"], state["random"]
+        self._groups, self._loose = state["groups"], state["loose"]
+        self._others, self._random, self._of = state["others"], state["random"], None
+
+    def drop(self) -> None:
+        """Forgets the copy."""
+        self.step = None
+        self._tensors, self._state, self._groups = [], [], []
+        self._loose, self._others, self._random = {}, {}, {}
 
 
 def _shard(tensor: torch.Tensor) -> torch.Tensor:
@@ -164,7 +187,7 @@ def _restore_values(present: dict[str, Any], saved: Mapping[str, Any], like: tor
             del present[key]
     for key, value in saved.items():
         live = present.get(key)
-        if isinstance(value, torch.Tensor) and isinstance(live, torch.Tensor):
+        if isinstance(value, torch.Tensor) and isinstance(live, torch.Tensor) and _shard(live).shape == value.shape:
             _write(live, value)
         elif isinstance(value, torch.Tensor):
             present[key] = value.clone() if like is None else _as_state(value, like)

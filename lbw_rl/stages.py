@@ -6,6 +6,7 @@ import contextlib
 import logging
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -55,11 +56,18 @@ class Switch:
             self._previous = signal.signal(kill_signal, self._on_signal)
         if self._file is not None:
             self._look()
-            threading.Thread(target=self._watch, name="lbw-rl control file", daemon=True).start()
+            arguments = (weakref.ref(self), self._closed)  # a switch that is dropped unclosed takes its thread along
+            threading.Thread(target=_watch, args=arguments, name="lbw-rl control file", daemon=True).start()
+
+    @property
+    def killed(self) -> bool:
+        """Whether a request to let go waits."""
+        return self._wish is not None and self._wish[0] == "off"
 
     def ask(self, mode: Mode, by: str) -> None:
         """Files a request; the newest one stands."""
-        self._wish = (mode, by)
+        if self._wish is None or self._wish[0] != "off":  # nothing takes a kill back
+            self._wish = (mode, by)
 
     def take(self) -> tuple[Mode, str] | None:
         """The request that waits, if any: (mode, who asked). It is then settled."""
@@ -70,10 +78,6 @@ class Switch:
         self.ask("off", signal.Signals(number).name)
         if callable(self._previous):
             self._previous(number, frame)
-
-    def _watch(self) -> None:
-        while not self._closed.wait(_POLL_SECONDS):
-            self._look()
 
     def _look(self) -> None:
         assert self._file is not None
@@ -89,11 +93,26 @@ class Switch:
         else:
             log.warning("control file %s: %r is no mode; accepted: %s", self._file, word[:40], ", ".join(MODES))
 
+    def _to_give_back(self) -> Any:
+        """Who had the signal; never the default action of SIGUSR1 and 2, which ends the process: kill may come twice."""
+        if callable(self._previous) or self._signal not in (signal.SIGUSR1, signal.SIGUSR2):
+            return self._previous or signal.SIG_DFL
+        return signal.SIG_IGN
+
     def close(self) -> None:
         """Stops watching, and gives the signal back to who had it."""
         self._closed.set()
         if self._signal is not None:
             with contextlib.suppress(ValueError):  # not the main thread: it stays, and asks nobody
                 if signal.getsignal(self._signal) == self._on_signal:
-                    signal.signal(self._signal, self._previous or signal.SIG_DFL)
+                    signal.signal(self._signal, self._to_give_back())
             self._signal = None
+
+
+def _watch(reference: weakref.ref[Switch], closed: threading.Event) -> None:
+    while not closed.wait(_POLL_SECONDS):
+        switch = reference()
+        if switch is None:
+            return
+        switch._look()
+        del switch

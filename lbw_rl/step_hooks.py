@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import torch
+
+
+class _Call(dict[str, Any]):
+    """A step's keyword arguments, which live as long as its frame."""
+
+    __slots__ = ("__weakref__",)
 
 
 class StepHooks:
@@ -23,6 +30,7 @@ class StepHooks:
         begin: called with the closure's result, None without a closure.
         again: called after each further call of the same closure, as line searches make them.
         end: called after the step.
+        left: called once a step that raised, and with it its traceback, is gone.
     """
 
     def __init__(
@@ -32,9 +40,13 @@ class StepHooks:
         begin: Callable[[Any], None],
         again: Callable[[], None],
         end: Callable[[], None],
+        left: Callable[[], None],
     ) -> None:
         self._hold, self._begin, self._again, self._end = hold, begin, again, end
-        self._stepping: FrameType | None = None  # the optimizer's step that is under way
+        self._left = left
+        self._stepping: int | None = None  # id of the frame of the step under way; it is alive while `_call` is
+        self._call: weakref.ref[_Call] | None = None
+        self._frame: FrameType | None = None
         self._active = True
         self._handles = [
             optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
@@ -44,16 +56,19 @@ class StepHooks:
     def _before(
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self._active or self._within_step():
+        if not self._active or self.within_step():
             return None
-        self._stepping = _step_frame()
+        self._stepping = id(_step_frame())
+        kwargs = kwargs if isinstance(kwargs, _Call) else _Call(kwargs)  # of another governor's hook, in shadow mode
+        self._call = weakref.ref(kwargs, self._gone)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._begin(None)
-            return None
+            return args, kwargs
         self._hold()
         if "closure" in kwargs:
-            return args, {**kwargs, "closure": self._beginning_after(closure)}
+            kwargs["closure"] = self._beginning_after(closure)
+            return args, kwargs
         return (args[0], self._beginning_after(closure), *args[2:]), kwargs
 
     def _beginning_after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -72,18 +87,32 @@ class StepHooks:
         return call
 
     def _after(self, *_: Any) -> None:
-        if _step_frame() is not self._stepping:
+        if id(_step_frame()) != self._stepping:
             return
-        self._stepping = None
+        self._stepping = self._call = self._frame = None
         if self._active:
             self._end()
 
-    def _within_step(self) -> bool:
+    def within_step(self) -> bool:
         """Whether a step is under way; one that raised is told apart by having left the stack."""
-        frame: FrameType | None = sys._getframe(1) if self._stepping is not None else None
-        while frame is not None and frame is not self._stepping:
+        alive = self._frame is not None or (self._call is not None and self._call() is not None)
+        return alive and self._on_stack() is not None
+
+    def _on_stack(self) -> FrameType | None:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and id(frame) != self._stepping:
             frame = frame.f_back
-        return frame is not None
+        return frame
+
+    def _gone(self, call: Any) -> None:
+        if call is not self._call:
+            return
+        frame = self._on_stack()
+        if frame is not None:  # someone else's hook has replaced the arguments: hold on to the frame itself
+            self._frame = frame
+            return
+        self._stepping = self._call = None  # the post hook never came: the step raised, and its traceback is gone
+        self._left()
 
     def remove(self) -> None:
         """Takes the hooks off; safe to call twice.
@@ -91,7 +120,7 @@ class StepHooks:
         Within a step torch is iterating over them, so they only fall silent; a later call takes them off.
         """
         self._active = False
-        if self._within_step():
+        if self.within_step():
             return
         for handle in self._handles:
             handle.remove()

@@ -34,7 +34,7 @@ class TimeLimit:
                 self._answered = self._answers.get_nowait()[0]  # a late answer to a call given up
             except Empty:
                 raise TimeoutError(f"still busy with an earlier call after {self.seconds:g} s") from None
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():  # none yet, or lost in a fork
             self._thread = threading.Thread(target=self._serve, name="lbw-rl controller", daemon=True)
             self._thread.start()
         self._ticket += 1

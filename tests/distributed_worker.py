@@ -78,6 +78,7 @@ def assemble(kind, scenario, out, rank, world):
         "stateful": {"scheduler": scheduler},
         "measure_device": scenario == "slow-rank",
         "late": scenario == "late",
+        "decide_every": 5 if scenario == "between" else 1,
     }
     if scenario == "differing-settings":
         options["total_steps"] = STEPS + rank
@@ -114,6 +115,9 @@ def train(kind, scenario, out, rank, world):
             loss = loss * float("nan") if step == 12 and rank == world - 1 else loss
             loss.backward()
             governor.observe(loss)
+        if scenario == "between" and step == 7:
+            for p in model.parameters():
+                p.grad.fill_(float("nan"))
         if step % 2:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if scenario == "slow-rank" and step in (5, 6) and rank == 1:

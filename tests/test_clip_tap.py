@@ -5,13 +5,14 @@ import gc
 import pytest
 import torch
 
-from lbw_rl import Governor
+from lbw_rl import Governor, clip_tap
 from lbw_rl.clip_tap import ClipTap
 
 
 @pytest.fixture(autouse=True)
 def original():
-    gc.collect()  # governors that other tests have left behind
+    for tap in list(clip_tap._listeners):  # of governors that other tests have left behind
+        tap.close()
     function = torch.nn.utils.clip_grad_norm_
     yield function
     torch.nn.utils.clip_grad_norm_ = torch.nn.utils.clip_grad.clip_grad_norm_ = function

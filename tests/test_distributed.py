@@ -19,7 +19,7 @@ RUNS = {
     ("single", 1): ["plain", "accumulated"],
     ("ddp", 2): [
         *("plain", "nan-loss", "rollback", "resumed", "ungoverned", "idle", "accumulated"),
-        *("disagreement", "kill-switch", "slow-rank", "late"),
+        *("disagreement", "kill-switch", "slow-rank", "late", "between"),
     ],
     ("ddp", 4): ["plain"],
     ("fsdp", 2): ["plain", "nan-loss", "rollback", "resumed", "ungoverned", "idle"],
@@ -108,6 +108,14 @@ def test_a_rank_whose_loss_is_nan_makes_all_skip_together_and_is_named(finished,
         assert skipped["executed"]["directive"] == "skip"
         assert skipped["nonfinite_ranks"] == [ranks - 1]
     assert all(w.isfinite().all() for w in torch.load(folder / "weights.pt"))
+
+
+def test_between_two_decisions_every_rank_withholds_the_same_step(finished):
+    """Decisions every five steps; the gradient of step 7 is not finite on any rank."""
+    folder = finished("ddp", "between", 2)
+    assert [events(folder, rank)["unchanged"] for rank in range(2)] == [[7], [7]]
+    assert [events(folder, rank)["summary"]["skips"] for rank in range(2)] == [1, 1]
+    assert decisions(folder)[-1]["digest"] == decisions(folder, 1)[-1]["digest"]
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("ddp", 2), ("fsdp", 2)])

@@ -35,7 +35,7 @@ WARMUP = 20
 def measure(ranks: int, calls: int) -> dict[str, Any]:
     """One row: `ranks` processes, `calls` collectives after a warm-up."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(ranks, calls, folder), nprocs=ranks)  # type: ignore[no-untyped-call]
+        mp.spawn(_rank, args=(ranks, calls, folder), nprocs=ranks)
         seconds = np.stack([np.load(path) for path in sorted(Path(folder).glob("*.npy"))]).max(axis=0)
     median, worst = np.percentile(seconds, [50, 99])
     return {"ranks": ranks, "calls": calls, "median_ms": 1e3 * float(median), "p99_ms": 1e3 * float(worst)}
