@@ -299,7 +299,8 @@ class Governor:
             late=measured.late,
         )
         action = ruling.action
-        if measured.late and telemetry.nonfinite == 1 and self._armed:
+        withheld = measured.late and telemetry.nonfinite == 1 and self._armed  # on the device, a decision ago
+        if withheld:
             self._recorder.counts["skips"] += 1
             self._enforcer.note_skip()
         self._recorder.count(action)
@@ -310,7 +311,7 @@ class Governor:
         if executed.directive is Directive.ROLLBACK:
             extra["restored_step"] = self._last_good.step
             extra["lost_steps"] = [self._last_good.step, self.step]  # their batches are spent, and not seen again
-        if self._armed and measured.late and telemetry.nonfinite == 1:
+        if withheld:
             extra["withheld_on_device"] = True
         reasons = (*ruling.reasons, *(("shadow mode",) if self.mode == "shadow" else ()))
         self._recorder.write(self.step, telemetry, proposed, executed, action, reasons, extra)
