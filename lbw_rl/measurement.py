@@ -160,7 +160,10 @@ class Measurement:
             packed = self.probe.pack(window.loss, window.step_loss, window.grad_norm, _loss_scale(self._scaler))
             transfer = Transfer(packed.values)
             if self.late:
-                self.bad = _not_finite(packed)
+                # With ranks the loss of one is no other's: what all have in common is the gradient.
+                alone = self.exchange is None
+                judged = packed if alone else self.probe.pack_scalars(None, window.grad_norm)
+                self.bad = _not_finite(judged)
         except Exception as e:  # a signal that cannot be measured is missing, no more
             self._fault("probe", e)
         if self._device is not None:

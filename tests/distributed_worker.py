@@ -77,7 +77,7 @@ def assemble(kind, scenario, out, rank, world):
         "model": model,
         "stateful": {"scheduler": scheduler},
         "measure_device": scenario == "slow-rank",
-        "late": scenario == "late",
+        "late": scenario.startswith("late"),
         "decide_every": 5 if scenario == "between" else 1,
     }
     if scenario == "differing-settings":
@@ -99,7 +99,7 @@ def backward(model, tokens, scenario):
         wait = contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
         with wait:
             loss = model(input_ids=micro, labels=micro).loss
-            if scenario != "nan-loss":
+            if not scenario.endswith("nan-loss"):
                 (loss / len(micro_batches)).backward()
     return loss
 
@@ -111,7 +111,7 @@ def train(kind, scenario, out, rank, world):
     for step in range(STEPS):
         tokens = batch(step, rank, world)
         loss = backward(model, tokens, scenario)
-        if scenario == "nan-loss":
+        if scenario.endswith("nan-loss"):
             loss = loss * float("nan") if step == 12 and rank == world - 1 else loss
             loss.backward()
             governor.observe(loss)
@@ -151,6 +151,7 @@ def train(kind, scenario, out, rank, world):
             for part, state in zip(parts, states, strict=True):
                 part.load_state_dict(state)
     weights = [full(p.detach()) for p in model.parameters()]
+    events["finite"] = all(bool(w.isfinite().all()) for w in weights)
     if governor is not None:
         governor.close()
         events |= {"summary": governor.summary(), "mode": governor.mode}

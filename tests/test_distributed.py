@@ -19,7 +19,7 @@ RUNS = {
     ("single", 1): ["plain", "accumulated"],
     ("ddp", 2): [
         *("plain", "nan-loss", "rollback", "resumed", "ungoverned", "idle", "accumulated"),
-        *("disagreement", "kill-switch", "slow-rank", "late", "between"),
+        *("disagreement", "kill-switch", "slow-rank", "late", "late-nan-loss", "between"),
     ],
     ("ddp", 4): ["plain"],
     ("fsdp", 2): ["plain", "nan-loss", "rollback", "resumed", "ungoverned", "idle"],
@@ -108,6 +108,16 @@ def test_a_rank_whose_loss_is_nan_makes_all_skip_together_and_is_named(finished,
         assert skipped["executed"]["directive"] == "skip"
         assert skipped["nonfinite_ranks"] == [ranks - 1]
     assert all(w.isfinite().all() for w in torch.load(folder / "weights.pt"))
+
+
+def test_late_ranks_withhold_a_poisoned_update_on_all_devices_and_learn_whose_it_was(finished):
+    """The loss of the last rank is NaN at step 12: each rank withholds by the joined gradient, step 13 names the rank."""
+    folder = finished("ddp", "late-nan-loss", 2)
+    for rank in range(2):
+        assert events(folder, rank)["finite"]
+        told = decisions(folder, rank)[13]
+        assert (told["nonfinite_ranks"], told["withheld_on_device"]) == ([1], True)
+    assert decisions(folder)[-1]["digest"] == decisions(folder, 1)[-1]["digest"]
 
 
 def test_between_two_decisions_every_rank_withholds_the_same_step(finished):
