@@ -21,9 +21,7 @@ from lbw_rl.envs.task import TrainingTask
 from lbw_rl.features import FeatureTracker
 from lbw_rl.governor import Governor
 from lbw_rl.random_state import capture_random_state, restore_random_state
-from lbw_rl.signals import NAN, SIGNALS, Telemetry
-
-_MEASURED_BY_CLOCK_AND_DEVICE = tuple(name for name, s in SIGNALS.items() if s.source in ("clock", "device"))
+from lbw_rl.signals import Telemetry
 
 
 class LLMTrainingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
@@ -118,7 +116,7 @@ class LLMTrainingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         run_seed = int(self.np_random.integers(2**31)) if seed is None else seed
         self.close()
         recipe = self.recipe.model_copy(update={"train": self.recipe.train.model_copy(update={"seed": run_seed})})
-        self._run = _GovernedRun(recipe, self._commanded, self.authority, self.decide_every)
+        self._run = _GovernedRun(recipe, self._commanded, self.authority, self.decide_every, self.device_signals)
         self._features = FeatureTracker(1, float(self._run.task.total_steps))
         self._gain, self._watch = HeldOutGain(1), DivergenceWatch(1)
         self._held_out = self._run.task.evaluate()
@@ -162,8 +160,6 @@ class LLMTrainingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
     def _observe(self) -> tuple[NDArray[np.float32], dict[str, Any]]:
         assert self._run is not None
         signals = self._run.governor.measure().as_dict()
-        if not self.device_signals:
-            signals |= dict.fromkeys(_MEASURED_BY_CLOCK_AND_DEVICE, NAN)
         features = self._features({name: np.array([value]) for name, value in signals.items()})
         executed = self._run.governor.executed
         info = {
@@ -203,7 +199,9 @@ class _Commanded(Controller):
 class _GovernedRun:
     """A task under a governor, always with the gradient of the step at hand in place."""
 
-    def __init__(self, recipe: Recipe, controller: Controller, authority: Authority, decide_every: int) -> None:
+    def __init__(
+        self, recipe: Recipe, controller: Controller, authority: Authority, decide_every: int, measure_device: bool
+    ) -> None:
         self.task = TrainingTask(recipe)
         self.governor = Governor(
             self.task.optimizer,
@@ -212,6 +210,7 @@ class _GovernedRun:
             total_steps=self.task.total_steps,
             decide_every=decide_every,
             seed=recipe.train.seed,
+            measure_device=measure_device,
         )
         self._backward()
 
