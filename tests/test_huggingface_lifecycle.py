@@ -167,6 +167,8 @@ def test_the_best_model_is_loaded_at_the_end_and_nothing_undoes_it(tmp_path):
 
 
 def test_the_switches_work_while_trainer_runs(tmp_path):
+    signals.signal(signals.SIGUSR1, signals.SIG_DFL)
+
     class Operator(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 3:
@@ -180,7 +182,7 @@ def test_the_switches_work_while_trainer_runs(tmp_path):
     assert callback.governor.mode == "off"
     assert [d["step"] for d in decisions(tmp_path / "l.jsonl")] == [0, 1, 2]
     assert same(trainer, run_trainer(tmp_path))  # the control file had it in shadow from the start
-    assert signals.getsignal(signals.SIGUSR1) is signals.SIG_DFL
+    assert signals.getsignal(signals.SIGUSR1) is signals.SIG_IGN  # a second one must not end the run
 
 
 def test_the_other_options_reach_the_governor(tmp_path):
