@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lbw_rl.governor import Governor
     from lbw_rl.param_groups import split_parameter_groups
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "CONTROLLERS",

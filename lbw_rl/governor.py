@@ -483,7 +483,10 @@ class Governor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`; call it after the optimizer's own state has been loaded. The mode stays as it is.
+        """Restores `state_dict`; call it after the optimizer's own state has been loaded.
+
+        The mode stays as it is, but a governor that had been told to let go lets go again: to govern such a run,
+        start without its governor's state.
 
         With ranks it may be the state of another one, where only one of them saves.
         """
@@ -506,6 +509,15 @@ class Governor:
             self._last_good.snapshot.load_state_dict(state["snapshot"])
         else:
             self._last_good.snapshot.drop()  # one of another history
+        if self._measurement is None or state["mode"] == self.mode:
+            return
+        if state["mode"] == "off":
+            log.warning("governance was let go before the checkpoint at step %d; it stays off", self.step)
+            self._enforcer.set_mode("off")
+            _GOVERNED.discard(self.optimizer)
+            self.close()
+        else:
+            self._recorder.event("mode", self.step, {"from": state["mode"], "to": self.mode, "by": "resume"})
 
     def flush(self) -> None:
         """Brings the ledger to the disk, for a checkpoint that must not be ahead of it."""

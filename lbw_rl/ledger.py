@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 LEDGER_SCHEMA = 1
+_FIRST_BYTES = b'{"type":'
 
 
 def _clean(value: Any) -> Any:
@@ -47,6 +48,16 @@ def _cut_torn_line(path: Path) -> None:
         file.truncate(torn)
 
 
+def _refuse_another_file(path: Path) -> None:
+    """A mistyped path must not cost the file that is there."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        first = file.read(len(_FIRST_BYTES))
+    if not _FIRST_BYTES.startswith(first):
+        raise FileExistsError(f"{path} is no ledger, and is left as it is")
+
+
 class Ledger:
     """One JSON object a line; the first is the header. A line is on its way to disk before the step goes on.
 
@@ -57,6 +68,7 @@ class Ledger:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_another_file(self.path)
         _cut_torn_line(self.path)
         self._file: TextIO = self.path.open("a", buffering=1, encoding="utf-8")
 
@@ -93,7 +105,8 @@ def ledger_of_rank(ledger: str | Path | None, rank: int) -> Path | None:
 def truncate_jsonl(path: str | Path, step: int, header: str | None = None) -> Counter[str]:
     """Drops the records at or after `step` and all torn lines, so that a resumed run writes each record once.
 
-    The lines that stay keep their bytes. A header, which is a record without a step, stays once and comes first.
+    The lines that stay keep their bytes. Headers, records without a step, stay;
+    a repetition of one goes, and the first comes first.
 
     Args:
         path: the file; where it is missing, nothing is done.
@@ -110,18 +123,25 @@ def truncate_jsonl(path: str | Path, step: int, header: str | None = None) -> Co
     kept: Counter[str] = Counter()
     if not path.is_file():
         return kept
-    headers, records = [header.encode() + b"\n"] if header is not None else [], []
-    found = False
+    records: list[bytes] = []
+    latest: bytes | None = None  # header
+    first_header = 0
     with path.open("rb") as written:
         for line in written:
             record = _whole_record(line)
             at = record.get("step") if record is not None else "torn"
-            if at is None:
-                headers, found = headers if found else [line], True
+            if at is None and line != latest:
+                first_header = len(records) if latest is None else first_header
+                latest = line
+                records.append(line)
             elif record is not None and isinstance(at, int) and at < step:
                 records.append(line)
                 kept[str(record.get("type", ""))] += 1
-    lines = b"".join([*headers, *records])
+    if latest is None and header is not None:
+        records.insert(0, header.encode() + b"\n")
+    elif first_header:
+        records.insert(0, records.pop(first_header))
+    lines = b"".join(records)
     if lines != path.read_bytes():
         temporary = path.with_name(path.name + ".tmp")
         try:
@@ -134,6 +154,18 @@ def truncate_jsonl(path: str | Path, step: int, header: str | None = None) -> Co
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
     return kept
+
+
+def latest_header(path: str | Path) -> dict[str, Any] | None:
+    """The newest header of a ledger, None where there is none."""
+    path, found = Path(path), None
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        for line in file:
+            if line.startswith(b'{"type":"header"'):
+                found = _whole_record(line) or found
+    return found
 
 
 def _whole_record(line: bytes) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import struct
 from collections import Counter
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lbw_rl.action import Action, Directive
-from lbw_rl.ledger import LEDGER_SCHEMA, Ledger
+from lbw_rl.ledger import LEDGER_SCHEMA, Ledger, latest_header
 from lbw_rl.signals import SIGNALS, Telemetry
 
 log = logging.getLogger("lbw_rl")
@@ -41,7 +42,7 @@ class Recorder:
             return
         try:
             self._ledger = Ledger(path)
-            if Path(path).stat().st_size == 0:
+            if not _same_run(latest_header(path), header):
                 self._ledger.write("header", {"schema": LEDGER_SCHEMA, **header})
         except OSError as e:
             self.fault("ledger", e, 0)
@@ -147,6 +148,12 @@ class Recorder:
         except OSError as e:  # a line that the disk did not take is still in the buffer
             self.fault("ledger", e, step)
         self._ledger = None
+
+
+def _same_run(written: Mapping[str, Any] | None, header: Mapping[str, Any]) -> bool:
+    """Whether a ledger's newest header is of this controller in this context; the mode may have changed since."""
+    plain = json.loads(json.dumps(header))
+    return written is not None and all(written.get(key) == plain[key] for key in ("controller", "context"))
 
 
 def brief(action: Any) -> dict[str, Any] | None:

@@ -67,6 +67,8 @@ def replay(ledger: str | Path, controller: Controller) -> Replay:
     enforcer = Enforcer(context.authority)
     steps = []
     for record in records:
+        if record["type"] == "header":  # of another controller, or of the same one in another context
+            raise ValueError(f"ledger: {ledger} holds several runs; accepted: one run a ledger")
         if record["type"] != "decision":
             continue
         telemetry, step = _recorded(record, ledger)
@@ -117,8 +119,8 @@ def _recorded(record: dict[str, Any], ledger: str | Path) -> tuple[Telemetry, di
     try:
         executed = record["executed"]
         scale = float(executed["lr_scale"])
-        if not scale > 0:
-            raise ValueError("executed.lr_scale must be > 0")
+        if not 0 < scale < math.inf:
+            raise ValueError("executed.lr_scale must be > 0 and finite")
         return Telemetry.from_dict(record["telemetry"]), {
             "step": int(record["step"]),
             "recorded_lr_scale": scale,

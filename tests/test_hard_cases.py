@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import math
 import os
 import signal
@@ -13,7 +14,8 @@ import threading
 import pytest
 import torch
 
-from lbw_rl import Action, Authority, Controller, Directive, Governor
+from lbw_rl import Action, Authority, Controller, Directive, Governor, load_controller
+from lbw_rl.replay import replay
 
 FREE = Authority(lr_scale=(1e-3, 100.0), slew_up=1e6, max_rollbacks=1, snapshot_every=100, rollback_cooldown=0)
 
@@ -425,3 +427,56 @@ def test_closing_from_within_a_controller_leaves_no_scale_behind(make_mlp):
         backward(model, step)
         optimizer.step()
         assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_a_governor_that_was_told_to_let_go_stays_off_after_a_resume(make_mlp, tmp_path, caplog):
+    def build():
+        model = make_mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        halve = Acts(lambda n: Action(lr_scale=0.5))
+        return model, optimizer, Governor(optimizer, halve, authority=FREE, ledger=tmp_path / "l.jsonl")
+
+    model, optimizer, governor = build()
+    for step in range(4):
+        if step == 2:
+            governor.set_mode("off")
+        backward(model, step)
+        optimizer.step()
+    state = governor.state_dict()
+    model, optimizer, governor = build()
+    governor.load_state_dict(state)
+    rates = []
+    optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+    backward(model)
+    optimizer.step()
+    assert rates == [1.0]
+    assert governor.mode == "off"
+    assert "it stays off" in caplog.text
+
+
+def test_a_resume_in_another_mode_is_in_the_ledger(make_mlp, tmp_path):
+    saved = None
+    for mode in ("shadow", "lr"):
+        model = make_mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        with Governor(optimizer, Acts(), authority=FREE, mode=mode, ledger=tmp_path / "l.jsonl") as governor:
+            if saved is not None:
+                governor.load_state_dict(saved)
+            backward(model)
+            optimizer.step()
+            saved = governor.state_dict()
+    kinds = [json.loads(line)["type"] for line in (tmp_path / "l.jsonl").read_text().splitlines()]
+    assert kinds == ["header", "decision", "mode", "decision"]
+
+
+def test_the_ledgers_of_two_runs_in_one_file_are_told_apart(make_mlp, tmp_path):
+    for controller in ("constant", "pid", "pid"):
+        model = make_mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        with Governor(optimizer, controller, ledger=tmp_path / "l.jsonl"):
+            backward(model)
+            optimizer.step()
+    records = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
+    assert [r.get("controller") for r in records if r["type"] == "header"] == ["constant", "pid"]
+    with pytest.raises(ValueError, match="holds several runs; accepted: one run a ledger"):
+        replay(tmp_path / "l.jsonl", load_controller("pid"))

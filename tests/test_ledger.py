@@ -82,9 +82,18 @@ def test_a_torn_line_longer_than_one_block_is_cut_whole(tmp_path):
     path.write_text('{"type":"header"}\n' + "x" * 200_000)
     Ledger(path).close()
     assert path.read_text() == '{"type":"header"}\n'
-    path.write_text("x" * 200_000)
+    path.write_text('{"type":' + "x" * 200_000)
     Ledger(path).close()
     assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "notes\nmore notes", "\n"])
+def test_a_mistyped_path_costs_nobody_a_file(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(OSError, match="is no ledger, and is left as it is"):
+        Ledger(path)
+    assert path.read_text() == content
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -76,8 +76,10 @@ class Checkpoints:
     def newest(self) -> tuple[int, dict[str, Any]] | None:
         """The newest good checkpoint, as (step, state); None where there is none.
 
-        One that is torn, altered or unreadable is passed over, with one logged line that says why and what is used
-        instead.
+        One that is torn or altered is passed over, with one logged line that says why and what is used instead.
+
+        Raises:
+            ValueError: one that may be good cannot be read.
         """
         refused: list[tuple[Path, str]] = []
         found: tuple[int, dict[str, Any]] | None = None
@@ -118,7 +120,11 @@ class Checkpoints:
     def _files(self) -> list[tuple[int, Path]]:
         if not self.folder.is_dir():
             return []
-        named = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
+        try:
+            paths = list(self.folder.iterdir())
+        except OSError as e:
+            raise _unreadable(self.folder, e) from e
+        named = ((_NAME.fullmatch(path.name), path) for path in paths)
         return [(int(match[1]), path) for match, path in named if match]
 
 
@@ -140,12 +146,13 @@ def _read(path: Path, step: int) -> tuple[int, dict[str, Any]]:
     """(failures so far, state).
 
     Raises:
-        _Refused: the file cannot be read, or is not what was written under that name.
+        _Refused: the file is not what was written under that name.
+        ValueError: it cannot be read at all; it may be good, and a run that started anew would replace it.
     """
     try:
         found = _hash(path)
     except OSError as e:
-        raise _Refused(f"it cannot be read ({e.strerror or e})") from e
+        raise _unreadable(path, e) from e
     wanted = path.stem.rpartition("-")[2]
     if found != wanted:
         raise _Refused(f"its content was altered or cut short (sha256 {found}…, written was {wanted}…)")
@@ -161,6 +168,12 @@ def _read(path: Path, step: int) -> tuple[int, dict[str, Any]]:
     if content["step"] != step:
         raise _Refused(f"it holds step {content['step']}, its name says {step}")
     return content["failures"], content["state"]
+
+
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"resume: {path} cannot be read ({error.strerror or error}); accepted: a readable checkpoint, or a new --out"
+    )
 
 
 def _hash(path: Path) -> str:

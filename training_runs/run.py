@@ -105,8 +105,14 @@ def run(
     folder = prepare_output(out, resume)
     check_same_recipe(folder / RECIPE, recipe)
     if (folder / SUMMARY).exists():
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        check_same_mode(folder, summary, mode)
+        try:
+            summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+            finished_in = {"mode": summary["mode"]}
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise ValueError(
+                f"resume: {folder / SUMMARY} is damaged ({e}); accepted: a run's own, or a new --out"
+            ) from e
+        check_same_mode(folder, finished_in, mode)
         return summary
     refuse_former_checkpoint(folder)
     task = TrainingTask(recipe)

@@ -132,7 +132,7 @@ class GovernorCallback(TrainerCallback, ExportableState):
         ledger = ledger_of_rank(self._options["ledger"], args.process_index)
         if state.global_step and ledger is not None and self._options["mode"] != "off":
             try:
-                truncate_jsonl(ledger, saved["step"] if saved else state.global_step)
+                truncate_jsonl(ledger, saved["step"] if saved and saved["mode"] != "off" else state.global_step)
             except OSError as e:  # fail-open, as every fault of a ledger
                 log.warning("ledger %s: what comes after the checkpoint could not be dropped: %s", ledger, e)
         governor = build()
@@ -185,6 +185,8 @@ class GovernorCallback(TrainerCallback, ExportableState):
     def _saved(self, states: Mapping[str, Any]) -> dict[str, Any] | None:
         """The governor's state in the checkpoint that training resumes from."""
         record = states.get(type(self).__name__)
+        if isinstance(record, list):
+            log.warning("the checkpoint is of %d governor callbacks, whose states cannot be told apart", len(record))
         if not isinstance(record, dict) or record.get("governor") is None:
             return None
         if record["controller"] != self.controller.name:

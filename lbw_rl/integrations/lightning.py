@@ -86,7 +86,7 @@ class GovernorCallback(Callback):
         self,
         controller: str | Path | Controller = "lbw-guard",
         *,
-        authority: Authority | None = None,
+        authority: Authority | Mapping[str, Any] | None = None,
         total_steps: int | None = None,
         mode: Mode = "govern",
         ledger: str | Path | None = None,
@@ -106,7 +106,7 @@ class GovernorCallback(Callback):
         self.controller = load_controller(controller)
         self._total_steps, self._stateful, self._device_index = total_steps, dict(stateful or {}), device_index
         self._options: dict[str, Any] = {
-            "authority": authority,
+            "authority": authority if isinstance(authority, Authority) else Authority(**(authority or {})),
             "mode": check_mode(mode),
             "ledger": ledger,
             "decide_every": decide_every,
@@ -161,7 +161,7 @@ class GovernorCallback(Callback):
         ledger = ledger_of_rank(self._options["ledger"], trainer.global_rank)
         if trainer.global_step and ledger is not None and self._options["mode"] != "off":
             try:  # what came after the checkpoint is done again
-                truncate_jsonl(ledger, saved["step"] if saved else trainer.global_step)
+                truncate_jsonl(ledger, saved["step"] if saved and saved["mode"] != "off" else trainer.global_step)
             except OSError as e:  # fail-open, as every fault of a ledger
                 log.warning("ledger %s: what comes after the checkpoint could not be dropped: %s", ledger, e)
         self.governor = build()

@@ -12,6 +12,7 @@ of the slowest rank in each.
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -64,6 +65,8 @@ def main() -> None:
         "--out", type=Path, default=Path("runs/collective"), help="folder of results.json (%(default)s)"
     )
     arguments = parser.parse_args()
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", arguments.ranks):
+        parser.error(f"--ranks: {arguments.ranks!r}; accepted: numbers of processes, as in 2,4")
     rows = [measure(int(ranks), arguments.calls) for ranks in arguments.ranks.split(",")]
     table = Table("ranks", "calls", "median ms", "99 % ms", title="one decision's collective, aim ≤ 10 ms")
     for row in rows:
