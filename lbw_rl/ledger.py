@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -10,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+from lbw_rl.files import replace_file
 
 LEDGER_SCHEMA = 1
 _FIRST_BYTES = b'{"type":'
@@ -143,16 +144,7 @@ def truncate_jsonl(path: str | Path, step: int, header: str | None = None) -> Co
         records.insert(0, records.pop(first_header))
     lines = b"".join(records)
     if lines != path.read_bytes():
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        replace_file(path, lines)
     return kept
 
 

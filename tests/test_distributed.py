@@ -94,7 +94,10 @@ def test_ranks_together_see_and_decide_what_one_process_over_the_joined_batch_do
         assert {k: b["telemetry"][k] for k in seen} == pytest.approx(seen, rel=2e-3, abs=1e-4), a["step"]
         assert b["executed"]["lr_scale"] == pytest.approx(a["executed"]["lr_scale"], rel=2e-3)
         assert b["regime"] == a["regime"]
-    weights = [torch.load(f / "weights.pt") for f in (finished("single", scenario), finished(kind, scenario, ranks))]
+    weights = [
+        torch.load(f / "weights.pt", weights_only=True)
+        for f in (finished("single", scenario), finished(kind, scenario, ranks))
+    ]
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
 
@@ -107,7 +110,7 @@ def test_a_rank_whose_loss_is_nan_makes_all_skip_together_and_is_named(finished,
         skipped = decisions(folder, rank)[12]
         assert skipped["executed"]["directive"] == "skip"
         assert skipped["nonfinite_ranks"] == [ranks - 1]
-    assert all(w.isfinite().all() for w in torch.load(folder / "weights.pt"))
+    assert all(w.isfinite().all() for w in torch.load(folder / "weights.pt", weights_only=True))
 
 
 def test_late_ranks_withhold_a_poisoned_update_on_all_devices_and_learn_whose_it_was(finished):
@@ -144,7 +147,9 @@ def test_ranks_roll_back_together(finished, kind, ranks):
 @pytest.mark.parametrize(("kind", "ranks"), [("ddp", 2), ("fsdp", 2)])
 @pytest.mark.parametrize(("other", "reference"), [("idle", "ungoverned"), ("resumed", "plain")])
 def test_idle_is_ungoverned_and_resumed_is_uninterrupted_bit_for_bit(finished, kind, ranks, other, reference):
-    a, b = (torch.load(finished(kind, scenario, ranks) / "weights.pt") for scenario in (other, reference))
+    a, b = (
+        torch.load(finished(kind, scenario, ranks) / "weights.pt", weights_only=True) for scenario in (other, reference)
+    )
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     if other == "resumed":
         last = [decisions(finished(kind, scenario, ranks))[-1] for scenario in (other, reference)]

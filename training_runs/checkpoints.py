@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from lbw_rl.training_runs.folders import sync_folder
+from lbw_rl.files import sync_folder
 
 log = logging.getLogger("lbw_rl")
 

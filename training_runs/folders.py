@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lbw_rl.files import replace_file, sync_folder
+
 log = logging.getLogger("lbw_rl")
 
 
@@ -43,28 +45,13 @@ def remove_empty(folder: Path) -> None:
             path.rmdir()
 
 
-def sync_folder(folder: Path) -> None:
-    """Puts the names in a folder on disk: a rename survives a power loss only after this.
-
-    Raises:
-        OSError: the disk failed.
-    """
-    if os.name != "posix":  # Windows opens no folders, and its renames are journalled
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON in one atomic replacement that survives a power loss.
 
     Raises:
         OSError: the disk is full or gone; the file is as it was.
     """
-    _replace_text(path, [json.dumps(value, indent=2).encode() + b"\n"])
+    replace_file(path, json.dumps(value, indent=2).encode() + b"\n")
 
 
 def replace_folder(new: Path, folder: Path) -> None:
@@ -152,17 +139,3 @@ def first_line(path: Path) -> str | None:
     with path.open("rb") as file:
         line = file.readline()
     return line[:-1].decode(errors="replace") if line.endswith(b"\n") else None
-
-
-def _replace_text(path: Path, lines: list[bytes]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
