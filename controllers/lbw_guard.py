@@ -11,7 +11,7 @@ from typing import Any
 
 from lbw_rl.action import Action, Directive
 from lbw_rl.controller import Context, Controller
-from lbw_rl.setpoint import DISPLACEMENT, RatioPlant, ratio_level
+from lbw_rl.setpoint import DISPLACEMENT, RatioPlant, falling, ratio_level
 from lbw_rl.signals import Telemetry
 from lbw_rl.statistics import ExponentialMean
 
@@ -96,8 +96,7 @@ class LBWGuard(Controller):
             self._caution = max(0.1, self._caution / 2)
         else:
             self._caution = min(1.0, self._caution * 1.1)
-        shape = math.sqrt(max(0.0, 1.0 - t.progress)) if math.isfinite(t.progress) else 1.0
-        target = self._level * self._caution * shape
+        target = self._level * self._caution * falling(t.progress)
         scale = self._plant.scale_for(target, t.learning_rate)
         if scale is None:
             return self._propose(1.0, alarm or "calibrating", evidence)

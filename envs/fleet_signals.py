@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lbw_rl.envs.fleet import Fleet, FloatArray
-from lbw_rl.probe import ENTROPY_BINS
+from lbw_rl.entropy import ENTROPY_BINS
+from lbw_rl.probe import MEAN_WEIGHT
 
 _LOWEST_BIN = -24.0
 _STRIDE = 5  # odd, so that it is coprime to every even row length and favours no column
@@ -31,11 +32,13 @@ class FleetProbe:
         self._matrices = slice(0, fleet.matrices, stride)
         self._before: Tensor | None = None
         self._gradient = torch.full((fleet.n, len(range(fleet.size)[self._all])), torch.nan)
+        self._mean = torch.full_like(self._gradient, torch.nan)
         self._update = np.full((2, fleet.n), np.nan)
 
     def reset(self, rows: Sequence[int]) -> None:
         """Forgets the last gradient and the last update of the models in `rows`."""
-        self._gradient[torch.as_tensor(rows, dtype=torch.long)] = torch.nan
+        index = torch.as_tensor(rows, dtype=torch.long)
+        self._gradient[index] = self._mean[index] = torch.nan
         self._update[:, rows] = np.nan
 
     def before_step(self) -> None:
@@ -75,6 +78,8 @@ class FleetProbe:
             "loss": losses[chosen],
             "grad_norm": norms,
             "grad_entropy": gradient_entropies(gradient).double().numpy(),
+            "grad_entropy_element": element_entropies(gradient).double().numpy(),
+            "grad_entropy_direction": direction_entropies(gradient, self._mean[index]).double().numpy(),
             "grad_cosine": cosine.double().numpy(),
             "surprise": self._surprise(gradient, beta2[chosen], chosen, eps),
             "update_ratio": self._update[0, chosen],
@@ -83,6 +88,9 @@ class FleetProbe:
         poisoned = torch.from_numpy(nonfinite)[:, None]
         # A poisoned gradient never becomes the reference.
         self._gradient[index] = torch.where(poisoned, self._gradient[index], gradient)
+        known = self._mean[index]
+        moved = torch.where(known.isnan(), gradient, known + MEAN_WEIGHT * (gradient - known))
+        self._mean[index] = torch.where(poisoned, known, moved)
         part = {k: np.where(np.isfinite(v), v, np.nan) for k, v in part.items()}
         measured = {k: np.full(self.fleet.n, np.nan) for k in (*part, "nonfinite")}
         for name, values in (part | {"nonfinite": nonfinite.astype(np.float64)}).items():
@@ -101,7 +109,7 @@ class FleetProbe:
 
 
 def gradient_entropies(gradients: Tensor) -> Tensor:
-    """`lbw_rl.probe.gradient_entropy` of each row.
+    """`lbw_rl.entropy.histogram_entropy` of each row.
 
     Args:
         gradients: shape (n, elements).
@@ -115,3 +123,32 @@ def gradient_entropies(gradients: Tensor) -> Tensor:
     index += torch.arange(n)[:, None] * ENTROPY_BINS
     share = torch.bincount(index.view(-1), minlength=n * ENTROPY_BINS).view(n, -1).float() / elements
     return -torch.special.xlogy(share, share).sum(1) / math.log(ENTROPY_BINS)
+
+
+def element_entropies(gradients: Tensor) -> Tensor:
+    """`lbw_rl.entropy.element_entropy` of each row; NaN for zeros alone.
+
+    Args:
+        gradients: shape (n, elements).
+
+    Returns:
+        Shape (n,), each in [0, 1].
+    """
+    energy = (gradients / gradients.abs().amax(1, keepdim=True)).square()
+    share = energy / energy.sum(1, keepdim=True)
+    return (-torch.special.xlogy(share, share).sum(1) / math.log(gradients.shape[1])).clamp(0.0, 1.0)
+
+
+def direction_entropies(gradients: Tensor, means: Tensor) -> Tensor:
+    """`lbw_rl.entropy.direction_entropy` of each row; NaN where a mean is not known.
+
+    Args:
+        gradients, means: shape (n, elements).
+
+    Returns:
+        Shape (n,), each in [0, 1].
+    """
+    energy = (gradients / gradients.abs().amax(1, keepdim=True)).square()
+    q = (energy * (gradients.signbit() == means.signbit())).sum(1) / energy.sum(1)
+    entropy = -(torch.special.xlogy(q, q) + torch.special.xlogy(1 - q, 1 - q)) / math.log(2)
+    return torch.where(means.isnan().any(1), torch.nan, entropy.clamp(0.0, 1.0))

@@ -42,6 +42,8 @@ class Controller(ABC):
     name: str = "controller"
     decide_every: int | None = None
     """Optimizer steps per decision that the controller was built for; `None` leaves it to the governor."""
+    group_entropy: str | None = None
+    """Name of the entropy estimator that telemetry is to carry for each parameter group; `None` for none."""
     time_limit: float | None = 5.0
     """Seconds that the run waits for `act` before it counts as a fault. `None`, for arithmetic that cannot hang, spares
     the hand-over to another thread."""

@@ -158,6 +158,7 @@ class Governor:
             device_index=device_index,
             clock_and_device=measure_device,
             scaler=self._stateful.get("scaler"),
+            group_entropy=self.controller.group_entropy,
         )
         self._hooks = StepHooks(optimizer, self._hold, self._begin, self._again, self._end, self._put_back)
         # A checkpoint written while an exception of a step is handled must hold the scheduled rate.

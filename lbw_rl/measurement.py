@@ -76,6 +76,7 @@ class Measurement:
         device_index: which GPU; see `DeviceSource`.
         clock_and_device: whether their signals are measured; without them a run repeats bit for bit.
         scaler: the `GradScaler`, for its factor.
+        group_entropy: name of the entropy estimator that is also taken of each parameter group alone; None for none.
     """
 
     def __init__(
@@ -89,9 +90,10 @@ class Measurement:
         device_index: int | None = None,
         clock_and_device: bool = True,
         scaler: Any = None,
+        group_entropy: str | None = None,
     ) -> None:
         self.observer = Observer(model, fault)
-        self.probe = Probe(optimizer, answers=exchange is None or exchange.rank == 0)
+        self.probe = Probe(optimizer, answers=exchange is None or exchange.rank == 0, group_entropy=group_entropy)
         self.exchange, self.late = exchange, late
         self._fault = fault
         self._scaler = scaler
@@ -185,8 +187,8 @@ class Measurement:
         signals |= {name: own[name] for name in told if name in own}
         if judged:
             signals["nonfinite"] = float(bad)
-        self._add_sampled(signals, values, due)
-        return Measured(_telemetry(signals), (0,) if bad else (), late=self.late)
+        groups = self._add_sampled(signals, values, due)
+        return Measured(_telemetry(signals, groups), (0,) if bad else (), late=self.late)
 
     def _joined(
         self, signals: dict[str, float], values: dict[str, Vector], due: _Pending | None, votes: Vector, step: int
@@ -227,22 +229,27 @@ class Measurement:
                 signals[name] = float(known.astype(np.float64).mean()) if known.size else NAN
         if self._clock_and_device:
             signals["collective_seconds"] = self.exchange.seconds
-        self._add_sampled(signals, joined, due)
+        groups = self._add_sampled(signals, joined, due)
         # One rank's loss has poisoned the gradients of all: it is the one to look at.
         guilty = lost if lost.any() else bad
-        return Measured(_telemetry(signals), tuple(np.flatnonzero(guilty).tolist()), votes, self.late)
+        return Measured(_telemetry(signals, groups), tuple(np.flatnonzero(guilty).tolist()), votes, self.late)
 
-    def _add_sampled(self, signals: dict[str, float], values: Mapping[str, Vector], due: _Pending | None) -> None:
+    def _add_sampled(
+        self, signals: dict[str, float], values: Mapping[str, Vector], due: _Pending | None
+    ) -> tuple[float, ...]:
+        """Adds what the sample tells of the whole, and returns what it tells of each parameter group."""
         if due is None or due.packed is None:
-            return
+            return ()
         try:
             sampled = self.probe.signals(values, due.packed.beta2, due.packed.eps)
+            groups = self.probe.group_entropies(values["gradient"]) if "gradient" in values else ()
         except Exception as e:
             self._fault("probe", e)
-            return
+            return ()
         signals |= sampled
         if "gradient" in values and not signals.get("nonfinite") and math.isfinite(sampled["grad_entropy"]):
             self.probe.remember(values["gradient"])
+        return groups
 
     def state_dict(self) -> dict[str, Any]:
         """What the next decision depends on, as JSON data and tensors."""
@@ -290,8 +297,9 @@ class Measurement:
             self.exchange.close()
 
 
-def _telemetry(signals: Mapping[str, float]) -> Telemetry:
-    return Telemetry(**{k: v if math.isfinite(v) else NAN for k, v in signals.items()})
+def _telemetry(signals: Mapping[str, float], groups: tuple[float, ...]) -> Telemetry:
+    finite = {k: v if math.isfinite(v) else NAN for k, v in signals.items()}
+    return Telemetry(**finite, group_grad_entropy=groups)
 
 
 def _not_finite(packed: Packed) -> torch.Tensor:

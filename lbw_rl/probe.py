@@ -12,42 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lbw_rl.entropy import ESTIMATORS, Sampled
 from lbw_rl.sample import SAMPLE_SIZE, Part, Sample, is_sharded, own_shard
 
 Vector = NDArray[np.float32]
 
-ENTROPY_BINS = 32
-"""Bins of width 1 in log2|g/rms(g)|, covering [-24, 8); what falls outside goes to the end bins."""
-_LOWEST_BIN = -24
-
-
-def gradient_entropy(gradient: torch.Tensor) -> torch.Tensor:
-    """Normalised entropy of a gradient's magnitudes on a logarithmic scale.
-
-    Args:
-        gradient: any shape, floating point.
-
-    Returns:
-        0-d tensor in [0, 1]: −Σ p log p / log(bins) over a histogram of log2|g/rms(g)|. It does not change
-        when the gradient is multiplied by a constant. A gradient of zeros alone has entropy 0, a non-finite one NaN.
-    """
-    return torch.tensor(_entropy(gradient.detach().float().reshape(-1).cpu().numpy()))
-
-
-def _entropy(gradient: Vector) -> float:
-    magnitude = np.abs(gradient)
-    peak = magnitude.max()
-    if peak == 0.0 or not math.isfinite(peak):
-        return 0.0 if peak == 0.0 else math.nan
-    magnitude /= peak  # before squaring: tiny gradients must not underflow
-    magnitude /= math.sqrt(np.dot(magnitude, magnitude) / magnitude.size)
-    # floor(log2 x) is the exponent field of a float32; zero has the lowest one and falls into the lowest bin.
-    octave = (magnitude.view(np.int32) >> 23) - 127
-    bins = np.minimum(np.maximum(octave - _LOWEST_BIN, 0), ENTROPY_BINS - 1)
-    counts = np.bincount(bins, minlength=ENTROPY_BINS)
-    share = counts[counts > 0] / octave.size
-    return -float(share @ np.log(share)) / math.log(ENTROPY_BINS) + 0.0
-
+MEAN_WEIGHT = 0.1
+"""Of the newest gradient in the mean that `grad_entropy_direction` compares with: about ten decisions, as Adam's first moment."""
 
 SCALARS = (
     "loss", "step_loss", "norm", "shard_norm", "found_inf", "loss_scale", "learning_rate", "steps_taken",
@@ -90,17 +61,26 @@ class Probe:
         optimizer: whose parameters are read.
         sample: elements sampled over all matrices.
         answers: whether this process answers for what every rank holds alike.
+        group_entropy: name of the estimator that is also taken of each parameter group alone; None for none.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, sample: int = SAMPLE_SIZE, *, answers: bool = True) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        sample: int = SAMPLE_SIZE,
+        *,
+        answers: bool = True,
+        group_entropy: str | None = None,
+    ) -> None:
         self.optimizer = optimizer
-        self._size, self._answers = sample, answers
+        self._size, self._answers, self._group_entropy = sample, answers, group_entropy
         self._layout_key: tuple[tuple[int, ...], ...] = ()
         self._weight_views: list[tuple[int, torch.Tensor]] = []
         self._moment_views: list[tuple[int, torch.Tensor]] = []
         self._before: torch.Tensor | None = None
         self._after: torch.Tensor | None = None
         self._gradient: Vector | None = None
+        self._mean: Vector | None = None
         self._sample = Sample(optimizer.param_groups, sample, answers=answers)
         self._lay_out()
 
@@ -235,7 +215,11 @@ class Probe:
         self._sample = Sample(groups, self._size, answers=self._answers)
         self._layout_key = key
         self._weight_views, self._moment_views = [], []
-        self._before = self._after = self._gradient = None
+        self._before = self._after = self._gradient = self._mean = None
+        parts = self._sample.parts
+        self._starts = np.array([part.position for part in parts], np.intp)
+        self._multiplicity = np.array([part.parameter.numel() / part.count for part in parts], np.float32)
+        self._group_ranges = [_range_of(group, parts) for group in groups]
 
     # --- on the host -------------------------------------------------------------------------------------
 
@@ -253,7 +237,7 @@ class Probe:
         with np.errstate(all="ignore"):  # what is not finite is no measurement
             gradient = host.get("gradient")
             if gradient is not None:
-                signals["grad_entropy"] = _entropy(gradient)
+                signals |= {name: estimate(self._sampled(gradient)) for name, estimate in ESTIMATORS.values()}
                 if self._gradient is not None:
                     norms = math.sqrt(float(gradient @ gradient) * float(self._gradient @ self._gradient))
                     signals["grad_cosine"] = float(gradient @ self._gradient) / norms if norms > 0 else math.nan
@@ -263,24 +247,38 @@ class Probe:
                 signals |= _update_signals(host["before"], host["after"])
         return signals
 
+    def group_entropies(self, gradient: Vector) -> tuple[float, ...]:
+        """The chosen estimator of each parameter group alone, NaN for a group without weight matrices; () for none."""
+        if self._group_entropy is None:
+            return ()
+        _, estimate = ESTIMATORS[self._group_entropy]
+        sampled = self._sampled(gradient)
+        with np.errstate(all="ignore"):
+            return tuple(estimate(sampled.part(*r)) if r else math.nan for r in self._group_ranges)
+
+    def _sampled(self, gradient: Vector) -> Sampled:
+        return Sampled(gradient, self._mean, self._starts, self._multiplicity)
+
     def forget(self) -> None:
         """Drops what the next measurement would compare with: after a rollback it belongs to another history."""
-        self._before = self._after = self._gradient = None
+        self._before = self._after = self._gradient = self._mean = None
 
     def remember(self, gradient: Vector) -> None:
         """Takes a healthy gradient as what the next one is compared with; a poisoned one must never become it."""
         self._gradient = gradient
+        self._mean = gradient if self._mean is None else self._mean + MEAN_WEIGHT * (gradient - self._mean)
 
     def state_dict(self) -> dict[str, Any]:
-        """The reference gradient and the last update: what the next measurement compares with."""
-        gradient = None if self._gradient is None else torch.from_numpy(self._gradient)
-        return {"gradient": gradient, "before": self._before, "after": self._after}
+        """The reference gradients and the last update: what the next measurement compares with."""
+        gradient, mean = (None if g is None else torch.from_numpy(g) for g in (self._gradient, self._mean))
+        return {"gradient": gradient, "mean": mean, "before": self._before, "after": self._after}
 
     def load_state_dict(self, state: Mapping[str, Any], *, own: bool = True) -> None:
         """Restores `state_dict`, after the optimizer's own state has been loaded; `own`: whether this rank saved it."""
         self._lay_out()
-        gradient = state["gradient"]
-        self._gradient = None if gradient is None else gradient.cpu().numpy()
+        self._gradient, self._mean = (
+            None if g is None else g.cpu().numpy() for g in (state["gradient"], state["mean"])
+        )
         self._before, self._after = (
             None if t is None or (not own and self.sharded) else t.to(self._sample.device, copy=True)
             for t in (state["before"], state["after"])
@@ -289,6 +287,12 @@ class Probe:
             for part in (self._before, self._after):
                 if part is not None:
                     part.zero_()
+
+
+def _range_of(group: dict[str, Any], parts: list[Part]) -> tuple[int, int] | None:
+    """Where a parameter group's elements lie in the sample."""
+    own = [part for part in parts if part.group is group]
+    return (own[0].position, own[-1].position + own[-1].count) if own else None
 
 
 def _joint_norm(gradients: list[torch.Tensor]) -> torch.Tensor | None:

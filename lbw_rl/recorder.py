@@ -88,7 +88,7 @@ class Recorder:
             return
         record = {
             "step": step,
-            "telemetry": telemetry.as_dict(),
+            "telemetry": telemetry.as_record(),
             "proposed": brief(proposed),
             "executed": brief(executed),
             "regime": ruled.regime,
@@ -114,7 +114,7 @@ class Recorder:
     def _extend_digest(self, step: int, telemetry: Telemetry, executed: Action, ruled: Action) -> None:
         """Folds one decision into the digest: two runs, or two ranks, with the same one have decided alike."""
         values = telemetry.as_dict()
-        seen = [values[name] for name in _REPEATABLE]
+        seen = [values[name] for name in _REPEATABLE] + list(telemetry.group_grad_entropy)
         done = (executed.lr_scale, executed.momentum_scale, *executed.group_lr_scales, float(step))
         packed = struct.pack(f"<{len(seen) + len(done)}d", *seen, *done)
         words = f"{self.digest} {executed.directive} {ruled.regime}".encode()

@@ -21,6 +21,11 @@ def ratio_level(total_steps: int | None, displacement: float = DISPLACEMENT) -> 
     return displacement / math.sqrt(total_steps or UNKNOWN_HORIZON)
 
 
+def falling(progress: float) -> float:
+    """The set-point's shape over a run: sqrt(1 − progress), constant where the horizon is unknown (NaN)."""
+    return math.sqrt(max(0.0, 1.0 - progress)) if math.isfinite(progress) else 1.0
+
+
 class RatioPlant:
     """Identifies how many units of update-to-weight ratio one unit of executed learning rate buys.
 
@@ -39,7 +44,7 @@ class RatioPlant:
         """Takes in the ratio of the last update, executed at the previous scheduled rate × the executed scale."""
         if self._executed_lr and t.update_ratio > 0:
             self._log_gain.update(math.log(t.update_ratio / (self._executed_lr * t.lr_scale)))
-        self._executed_lr = t.learning_rate
+        self._executed_lr = t.learning_rate if math.isfinite(t.learning_rate) else None
 
     def scale_for(self, ratio: float, learning_rate: float) -> float | None:
         """The learning-rate scale that makes the next update `ratio`; None before the gain is known or where the schedule is at 0."""

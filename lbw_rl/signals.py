@@ -67,6 +67,34 @@ class Telemetry:
         "gradient",
         "entropy of a histogram of log2|g/rms(g)| over a fixed sample, divided by log(bins)",
     )
+    grad_entropy_softmax: float = _signal(
+        "1",
+        0,
+        1,
+        "gradient",
+        "H(softmax(|g|)) / log n over the sample, EntroPIC's own estimator: 1 to four digits always",
+    )
+    grad_entropy_element: float = _signal(
+        "1",
+        0,
+        1,
+        "gradient",
+        "entropy of the sampled elements' shares of the gradient's energy g², divided by log n: over how many it is spread",
+    )
+    grad_entropy_tensor: float = _signal(
+        "1",
+        0,
+        1,
+        "gradient",
+        "entropy of the weight matrices' shares of the gradient's energy, divided by log(matrices)",
+    )
+    grad_entropy_direction: float = _signal(
+        "1",
+        0,
+        1,
+        "gradient",
+        "binary entropy (bits) of the share of the energy in elements that keep the sign of the mean gradient of about ten decisions: 1 a coin toss, 0 straight on",
+    )
     grad_cosine: float = _signal(
         "1", -1, 1, "gradient", "cosine of this and the previous decision's gradient on a fixed sample"
     )
@@ -111,26 +139,41 @@ class Telemetry:
     )
     cpu_utilization: float = _signal("1", 0, 1, "device", "share of all CPU time in use (psutil)")
     host_memory: float = _signal("1", 0, 1, "device", "share of the host's memory in use (psutil)")
+    group_grad_entropy: tuple[float, ...] = ()
+    """No signal of the run but one number per parameter group, in the optimizer's order, for controllers that ask for it
+    (`Controller.group_entropy`); NaN for a group that is not measured, () where nobody asked."""
 
     def as_dict(self) -> dict[str, float]:
         """Signal name → value, in table order."""
         return {name: getattr(self, name) for name in SIGNALS}
 
+    def as_record(self) -> dict[str, Any]:
+        """`as_dict`, and what is known of each parameter group, as a ledger keeps it."""
+        groups = {"group_grad_entropy": list(self.group_grad_entropy)} if self.group_grad_entropy else {}
+        return {**self.as_dict(), **groups}
+
     @classmethod
-    def from_dict(cls, values: Mapping[str, float | None]) -> Telemetry:
-        """Inverse of `as_dict`; `None` (JSON has no NaN) reads as missing, unknown names are refused.
+    def from_dict(cls, values: Mapping[str, Any]) -> Telemetry:
+        """Inverse of `as_dict` and `as_record`; `None` (JSON has no NaN) reads as missing, unknown names are refused.
 
         Raises:
             ValueError: a name that is not in `SIGNALS`, or a value that is no number.
         """
+        values = dict(values)
+        groups = values.pop("group_grad_entropy", ())
+        if not isinstance(groups, list | tuple) or not all(v is None or isinstance(v, Real) for v in groups):
+            raise ValueError(f"telemetry: group_grad_entropy is {groups!r}; accepted: a list of numbers and None")
         unknown = sorted(set(values) - set(SIGNALS))
         if unknown:
             raise ValueError(f"telemetry: unknown signal {unknown[0]!r}; known: {', '.join(SIGNALS)}")
         for name, value in values.items():
             if not (value is None or isinstance(value, Real)):
                 raise ValueError(f"telemetry: {name} is {value!r}; accepted: a number, or None for not measured")
-        return cls(**{k: NAN if v is None else float(v) for k, v in values.items()})
+        known = {k: NAN if v is None else float(v) for k, v in values.items()}
+        return cls(**known, group_grad_entropy=tuple(NAN if v is None else float(v) for v in groups))
 
 
-SIGNALS: dict[str, Signal] = {f.name: Signal(f.name, *f.metadata["signal"]) for f in fields(Telemetry)}
+SIGNALS: dict[str, Signal] = {
+    f.name: Signal(f.name, *f.metadata["signal"]) for f in fields(Telemetry) if "signal" in f.metadata
+}
 """Name → row of the signal table, in the order of `Telemetry`'s fields."""

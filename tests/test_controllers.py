@@ -23,15 +23,16 @@ from lbw_rl.registry import load_controller
 from lbw_rl.setpoint import ratio_level
 
 WIDE = Authority(lr_scale=(1e-3, 100.0), momentum_scale=(0.5, 2.0), slew_up=1e6, max_rollbacks=5, rollback_cooldown=0)
-CONTEXT = Context(total_steps=200, authority=WIDE, seed=3)
+CONTEXT = Context(total_steps=200, authority=WIDE, seed=3, groups=("first", "second"))
 CASES = {
     "constant": Constant,
     "constant-scaled": lambda: Constant(lr_scale=0.3, momentum_scale=1.5),
     "pid": PID,
     "pid-full": lambda: PID(signal="grad_norm", setpoint=1.0, kp=0.5, ki=0.2, kd=0.1, deadband=0.05),
-    "entropic-pi": EntroPIC,
-    "entropic-threshold": lambda: EntroPIC(law="threshold"),
-    "entropic-fixed": lambda: EntroPIC(target=0.5, smoothing=1),
+    "entropic": EntroPIC,
+    "entropic-pi": lambda: EntroPIC(law="pi", estimator="histogram"),
+    "entropic-threshold": lambda: EntroPIC(law="threshold", estimator="softmax", target=0.5),
+    "entropic-all": lambda: EntroPIC(target="auto", band=(0.8, 1.2), pause=2, cooldown=4, micro=True, smoothing=1),
     "lbw-guard": LBWGuard,
     "random": RandomActions,
 }
@@ -65,6 +66,9 @@ def a_run(seed: int, length: int = 60) -> list[Telemetry]:
             "nonfinite": 0.0,
             "grad_norm": math.exp(0.2 * rng.normal()) * (50.0 if rng.random() < 0.05 else 1.0),
             "grad_entropy": float(np.clip(0.5 + 0.1 * rng.normal(), 0, 1)),
+            "grad_entropy_element": float(np.clip(0.65 + 0.1 * rng.normal(), 0, 1)),
+            "grad_entropy_softmax": 1 - 1e-5 * rng.random(),
+            "grad_entropy_direction": float(np.clip(0.95 + 0.05 * rng.normal(), 0, 1)),
             "grad_cosine": rng.uniform(-1, 1),
             "update_ratio": 0.02 * drift * math.exp(0.2 * rng.normal()),
             "surprise": math.exp(0.4 * rng.normal()),
@@ -77,7 +81,8 @@ def a_run(seed: int, length: int = 60) -> list[Telemetry]:
         signals.update(dict.fromkeys(gaps, math.nan))
         if rng.random() < 0.03:
             signals.update(loss=math.nan, grad_norm=math.nan, nonfinite=1.0)
-        run.append(Telemetry(**signals))
+        groups = tuple(float(x) for x in np.clip(0.6 + 0.2 * rng.normal(size=2), 0, 1))
+        run.append(Telemetry(**signals, group_grad_entropy=groups))
     return run
 
 
@@ -208,7 +213,28 @@ def test_an_unknown_name_lists_the_known_ones():
         ("pid", {"signal": "grad_norm"}, "pid.setpoint: 'auto' is known for update_ratio only"),
         ("pid", {"setpoint": 0}, "pid.setpoint"),
         ("pid", {"setpoint": math.inf}, "pid.setpoint"),
-        ("entropic", {"law": "pd"}, "entropic.law: 'pd' is unknown; accepted: pi, threshold"),
+        ("entropic", {"law": "pd"}, "entropic.law: 'pd' is unknown; accepted: setpoint, pi, threshold"),
+        (
+            "entropic",
+            {"estimator": "renyi"},
+            "entropic.estimator: 'renyi' is unknown; accepted: histogram, softmax, elem",
+        ),
+        ("entropic", {"target": 0}, r"entropic.target: 0 must be in \(0, 1\] or 'auto'"),
+        ("entropic", {"target": "high"}, "entropic.target: 'high'"),
+        ("entropic", {"target": math.nan}, "entropic.target: nan"),
+        ("entropic", {"target": True}, "entropic.target: True"),
+        (
+            "entropic",
+            {"band": [1.1, 1.2]},
+            r"entropic.band: \[1.1, 1.2\] must be \(low, high\) with 0 <= low < 1 < high",
+        ),
+        ("entropic", {"band": [0.8]}, "entropic.band"),
+        ("entropic", {"band": 0.8}, "entropic.band"),
+        ("entropic", {"band": [0.8, "high"]}, "entropic.band"),
+        ("entropic", {"micro": True, "estimator": "tensor"}, "entropic.micro: estimator 'tensor' compares tensors"),
+        ("entropic", {"hand_over_below": 1.0}, "entropic.hand_over_below"),
+        ("entropic", {"half_life": 0}, "entropic.half_life"),
+        ("entropic", {"cooldown": 2.5}, "entropic.cooldown"),
         ("entropic", {"target": 1.5}, "entropic.target"),
         ("entropic", {"warmup": 0}, "entropic.warmup"),
         ("entropic", {"gain": 1e4}, "entropic.gain"),
@@ -332,60 +358,6 @@ def test_pid_automatic_set_point_is_the_displacement_over_the_root_of_the_horizo
     pid.reset(Context(total_steps=100))
     action = pid.act(Telemetry(update_ratio=0.01, learning_rate=1.0, lr_scale=1.0))
     assert action.evidence["target"] == pytest.approx(ratio_level(100))
-
-
-# ---- entropic
-
-
-def entropies(controller, values):
-    return [controller.act(Telemetry(grad_entropy=h)) for h in values]
-
-
-@pytest.mark.parametrize(
-    ("ratio", "lr", "momentum"),
-    [(0.5, 0.8, 1.2), (0.899, 0.8, 1.2), (0.901, 1, 1), (1.0, 1, 1), (1.099, 1, 1), (1.101, 1.2, 0.9), (1.9, 1.2, 0.9)],
-)
-def test_entropic_threshold_is_the_source_s_law_and_never_compounds(ratio, lr, momentum):
-    controller = EntroPIC(law="threshold", target=0.5, smoothing=1)
-    for action in entropies(controller, [0.5 * ratio] * 5):
-        assert (action.lr_scale, action.momentum_scale) == (lr, momentum)
-
-
-def test_entropic_smooths_over_three_decisions():
-    actions = entropies(EntroPIC(target=0.5), [0.2, 0.4, 0.6, 0.8])
-    assert [a.evidence["entropy"] for a in actions] == pytest.approx([0.2, 0.3, 0.4, 0.6])
-
-
-def test_entropic_pi_law_with_its_published_gains():
-    ratio = 0.8
-    actions = entropies(EntroPIC(target=0.5, smoothing=1), [0.5 * ratio] * 3)
-    error = math.log(ratio)
-    expected = [math.exp(error + 0.01 * error * n) for n in (1, 2, 3)]
-    assert [a.lr_scale for a in actions] == pytest.approx(expected)
-    assert all(a.momentum_scale == 1 for a in actions)
-    assert [a.regime for a in actions] == ["low-entropy"] * 3
-
-
-def test_entropic_pi_law_does_not_wind_up():
-    controller = EntroPIC(target=0.5, smoothing=1, kp=1.0, ki=0.5)
-    low = entropies(controller, [0.01] * 200)
-    assert low[-1].lr_scale == pytest.approx(math.exp(-1))
-    assert entropies(controller, [0.9])[0].lr_scale > math.exp(-1)
-    assert max(a.lr_scale for a in entropies(controller, [0.9] * 10)) > 1.0
-
-
-def test_entropic_automatic_target_is_the_median_and_is_measured_anew():
-    controller = EntroPIC(law="threshold", warmup=3, recalibrate=10, smoothing=1)
-    regimes = [a.regime for a in entropies(controller, [0.4, 0.6, 0.5] + [0.5] * 7 + [0.9] * 10)]
-    assert regimes == ["calibrating"] * 2 + ["steady"] * 8 + ["high-entropy"] * 2 + ["steady"] * 8
-
-
-def test_entropic_without_a_signal_leaves_alone_and_keeps_its_record():
-    controller, twin = EntroPIC(target=0.5), EntroPIC(target=0.5)
-    entropies(controller, [0.4]), entropies(twin, [0.4])
-    silent = controller.act(Telemetry())
-    assert (silent.lr_scale, silent.regime) == (1.0, "no-signal")
-    assert entropies(controller, [0.45]) == entropies(twin, [0.45])
 
 
 # ---- lbw-guard

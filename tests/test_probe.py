@@ -2,16 +2,14 @@
 
 import math
 
+import entropy_reference
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from measuring import Measuring
 
 from lbw_rl import SIGNALS
-from lbw_rl.probe import ENTROPY_BINS, gradient_entropy
+from lbw_rl.entropy import ESTIMATORS
 
 BETAS, EPS = (0.9, 0.99), 1e-8
 
@@ -39,34 +37,31 @@ def flat(tensors):
     return np.concatenate([t.detach().double().numpy().ravel() for t in tensors])
 
 
-def reference_entropy(g):
-    rms = np.sqrt(np.mean(g**2))
-    with np.errstate(divide="ignore"):
-        magnitude = np.clip(np.log2(np.abs(g) / rms), -24, 8 - 1e-9)
-    counts, _ = np.histogram(magnitude, bins=ENTROPY_BINS, range=(-24, 8))
-    p = counts[counts > 0] / len(g)
-    return -np.sum(p * np.log(p)) / np.log(ENTROPY_BINS)
-
-
 class Reference:
     """All signals of the probe, recomputed by definition on the whole model, with AdamW's own v."""
 
     def __init__(self, model, optimizer):
         self.model, self.optimizer = model, optimizer
         self.matrices = [p for p in model.parameters() if p.ndim >= 2]
-        self.gradient = self.before = self.update = None
+        self.size = sum(p.numel() for p in self.matrices)
+        self.gradient = self.mean = self.before = self.update = None
 
     def measure(self):
         g = flat([p.grad for p in self.matrices])
         values = {
             "grad_norm": np.linalg.norm(flat([p.grad for p in self.model.parameters()])),
-            "grad_entropy": reference_entropy(g),
+            "grad_entropy": entropy_reference.histogram(g),
+            "grad_entropy_softmax": entropy_reference.softmax(g),
+            "grad_entropy_element": entropy_reference.element(g),
+            "grad_entropy_tensor": entropy_reference.tensor([p.grad.numpy() for p in self.matrices]),
         }
         if self.gradient is not None:
+            values["grad_entropy_direction"] = entropy_reference.direction(g, self.mean)
             values["grad_cosine"] = g @ self.gradient / np.linalg.norm(g) / np.linalg.norm(self.gradient)
             values["surprise"] = self.surprise(g)
         if self.update is not None:
             values["update_ratio"], values["weight_rms"] = self.update
+        self.mean = g if self.gradient is None else self.mean + 0.1 * (g - self.mean)
         self.gradient, self.before = g, flat(self.matrices)
         return values
 
@@ -109,6 +104,12 @@ def test_a_sample_of_a_larger_model_is_close_to_the_full_reference():
         elements = probe.probe.sample_size
         assert elements < sum(p.numel() for p in model.parameters()) / 5
         assert values["grad_norm"] == pytest.approx(expected.pop("grad_norm"), rel=1e-5)  # of all elements
+        # An entropy of shares is normalised by the log of its own n: what a sample keeps is the distance from uniform.
+        (whole,) = [expected.pop("grad_entropy_element")]
+        missing = [
+            (1 - h) * math.log(n) for h, n in ((values["grad_entropy_element"], elements), (whole, reference.size))
+        ]
+        assert missing[0] == pytest.approx(missing[1], rel=0.1)
         for name, value in expected.items():
             error = 5 / math.sqrt(elements)  # five standard errors of a cosine, and of a mean of unit spread
             absolute = error if name == "grad_cosine" else 0
@@ -122,38 +123,6 @@ def test_the_sample_favours_no_column():
         (stride,) = [part.stride for part in probe.probe._sample.parts]
         columns = np.bincount(np.arange(0, math.prod(shape), stride) % shape[1], minlength=shape[1])
         assert columns.max() - columns.min() <= 1
-
-
-# ---- entropy
-
-
-def test_entropy_of_equal_magnitudes_is_zero():
-    assert gradient_entropy(torch.tensor([0.3, -0.3, 0.3])) == 0.0
-
-
-@pytest.mark.parametrize("octaves", range(1, 28))
-def test_entropy_of_magnitudes_uniform_over_k_bins_is_log_k(octaves):
-    # 27 is the most there can be: what lies above the third octave over the rms would itself have raised the rms.
-    g = 2.0 ** -torch.arange(octaves, dtype=torch.float32)
-    assert gradient_entropy(g).item() == pytest.approx(math.log(octaves) / math.log(ENTROPY_BINS), abs=1e-6)
-
-
-@given(arrays(np.float32, st.integers(1, 50), elements=st.floats(-100, 100, width=32)))
-def test_entropy_lies_between_zero_and_one(values):
-    assert -1e-6 <= gradient_entropy(torch.from_numpy(values)).item() <= 1 + 1e-6
-
-
-@given(arrays(np.float32, st.integers(2, 50), elements=st.floats(0.0625, 64, width=32)), st.integers(-30, 30))
-def test_entropy_does_not_change_with_scale(values, exponent):
-    g = torch.from_numpy(values)
-    assert gradient_entropy(g * 2.0**exponent).item() == gradient_entropy(g).item()
-
-
-def test_entropy_of_zeros_is_zero_and_of_non_finite_gradients_missing():
-    assert gradient_entropy(torch.zeros(10)) == 0.0
-    assert gradient_entropy(torch.tensor([0.0, 0.0, 1.0, 1.0])) == pytest.approx(math.log(2) / math.log(ENTROPY_BINS))
-    for poison in (math.nan, math.inf, -math.inf):
-        assert gradient_entropy(torch.tensor([1.0, poison, 2.0])).isnan()
 
 
 # ---- update ratio, cosine, norm
@@ -303,7 +272,8 @@ def test_every_optimizer_is_measured_and_none_is_disturbed(make_optimizer, make_
     probe = Measuring(optimizer)
     for step in range(3):
         values = measured_step(probe, optimizer, backward(model, step))
-    expected = {"loss", "grad_norm", "grad_entropy", "grad_cosine", "update_ratio", "weight_rms", "nonfinite"}
+    expected = {"loss", "grad_norm", "grad_cosine", "update_ratio", "weight_rms", "nonfinite"}
+    expected |= {signal for signal, _ in ESTIMATORS.values()}
     keeps_v = any("exp_avg_sq" in s for s in optimizer.state.values())
     assert set(values) == expected | ({"surprise"} if keeps_v else set())
     assert all(math.isfinite(v) for v in values.values())

@@ -12,7 +12,7 @@ from lbw_rl import SIGNALS, Telemetry
 
 
 def test_the_table_is_the_record():
-    assert list(SIGNALS) == [f.name for f in fields(Telemetry)]
+    assert [*SIGNALS, "group_grad_entropy"] == [f.name for f in fields(Telemetry)]
     assert all(name == signal.name for name, signal in SIGNALS.items())
 
 
@@ -41,6 +41,18 @@ def test_round_trip_through_json(values):
     again = Telemetry.from_dict(json.loads(line)).as_dict()
     for name in SIGNALS:
         assert again[name] == record[name] or (math.isnan(again[name]) and name not in values)
+
+
+def test_what_is_known_of_each_group_goes_through_json_and_only_where_it_is_known():
+    record = Telemetry(loss=1.0, group_grad_entropy=(0.5, math.nan)).as_record()
+    record["group_grad_entropy"] = [None if math.isnan(v) else v for v in record["group_grad_entropy"]]
+    again = Telemetry.from_dict({k: v for k, v in record.items() if v == v})
+    assert again.group_grad_entropy[0] == 0.5
+    assert math.isnan(again.group_grad_entropy[1])
+    assert "group_grad_entropy" not in Telemetry(loss=1.0).as_record()
+    for value in ("high", ["high"], 1.0):
+        with pytest.raises(ValueError, match=r"group_grad_entropy is .* accepted: a list of numbers and None"):
+            Telemetry.from_dict({"group_grad_entropy": value})
 
 
 def test_none_reads_as_missing():
