@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lbw_rl.envs.fleet import Fleet, FloatArray
 from lbw_rl.entropy import ENTROPY_BINS
+from lbw_rl.envs.fleet import Fleet, FloatArray
 from lbw_rl.probe import MEAN_WEIGHT
 
 _LOWEST_BIN = -24.0

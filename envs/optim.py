@@ -10,6 +10,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from lbw_rl.envs.recipe import OptimizerSpec, ScheduleSpec
+from lbw_rl.param_groups import split_parameter_groups
 
 
 def build_optimizer(spec: OptimizerSpec, model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -18,17 +19,27 @@ def build_optimizer(spec: OptimizerSpec, model: torch.nn.Module, lr: float) -> t
     Weight decay holds for matrices and embeddings; biases and norm gains (one dimension) are in a second
     parameter group without it.
 
+    With `per_tensor` each tensor then has a group of its own, named after it.
+
     Args:
         spec: the recipe's `[optimizer]` section.
         model: its parameters with `requires_grad` are optimized.
         lr: peak learning rate, multiplier included.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [(name, p) if spec.per_tensor else p for name, p in model.named_parameters() if p.requires_grad]
+    matrix = [p.ndim >= 2 for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p, m in zip(trainable, matrix) if m], "weight_decay": spec.weight_decay},
+        {"params": [p for p, m in zip(trainable, matrix) if not m], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    optimizer = _build(spec, groups, lr)
+    if spec.per_tensor:
+        split_parameter_groups(optimizer)
+    return optimizer
+
+
+def _build(spec: OptimizerSpec, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
     foreach = spec.implementation == "foreach"
     fused = spec.implementation == "fused"
     if spec.name == "adamw":

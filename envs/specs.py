@@ -120,6 +120,10 @@ class OptimizerSpec(_Spec):
         default=None, description="largest global gradient norm; 0 or 'none' leaves gradients alone"
     )
     implementation: Literal["foreach", "fused", "plain"] = Field(default="foreach", description="torch's kernel choice")
+    per_tensor: bool = Field(
+        default=False,
+        description="one parameter group per tensor, so that a controller can scale each of them by itself",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimizerSpec:
@@ -156,7 +160,9 @@ class TrainSpec(_Spec):
         default=25, ge=0, description="optimizer steps between evaluations; 0: only at the start and the end"
     )
     checkpoint_every: int = Field(
-        default=0, ge=0, description="optimizer steps between checkpoints; 0: none on the way"
+        default=500,
+        ge=0,
+        description="optimizer steps between checkpoints; 0: none on the way, and no model at the end",
     )
     threads: OptionalCount = Field(default=None, description="torch CPU threads; 'none' leaves the process as it is")
     device: Literal["auto", "cpu", "cuda"] = Field(
