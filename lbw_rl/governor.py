@@ -21,11 +21,13 @@ from lbw_rl.controller import Context, Controller
 from lbw_rl.device_guard import DeviceGuard
 from lbw_rl.enforcer import Enforcer, Ruling
 from lbw_rl.exchange import PeerLostError, exchange_for
+from lbw_rl.hand_over import impossible
 from lbw_rl.last_good import LastGood
 from lbw_rl.ledger import ledger_of_rank
 from lbw_rl.measurement import Measured, Measurement
 from lbw_rl.recorder import Recorder, brief, unbrief
 from lbw_rl.registry import load_controller
+from lbw_rl.sgd_rate import SgdRate
 from lbw_rl.signals import NAN, Telemetry
 from lbw_rl.snapshot import Snapshot, Stateful
 from lbw_rl.stages import Mode, Switch, check_mode
@@ -36,6 +38,8 @@ log = logging.getLogger("lbw_rl")
 
 # Two governors' restores would interleave and leave a scale in place for the scheduler to compound.
 _GOVERNED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+_COUNTED = ("decisions", "interventions", "skips", "rollbacks", "hand_overs")
 
 
 class Governor:
@@ -127,11 +131,16 @@ class Governor:
         self.executed = NEUTRAL
         self._enforcer = Enforcer(self.authority, mode)
         self._overhead = 0.0
-        self._actuator = Actuator(optimizer)
+        self._actuator = Actuator(optimizer, self._fault)
+        self._sgd_rate = SgdRate()
         self._guard = DeviceGuard(optimizer)
         limit = self.controller.time_limit
         self._time_limit = TimeLimit(limit) if limit is not None else None
-        self._stateful = {"controller": self.controller, **(stateful or {})}
+        self._stateful: dict[str, Stateful] = {
+            "controller": self.controller,
+            "sgd_rate": self._sgd_rate,
+            **(stateful or {}),
+        }
         self._last_good = LastGood(
             Snapshot(optimizer, snapshot_bytes, model, self._stateful), self.authority, self._fault
         )
@@ -247,8 +256,8 @@ class Governor:
     def _again(self) -> None:
         """A line search has brought new gradients: a withheld step withholds them too."""
         try:
-            if self.executed.directive is not Directive.PROCEED:
-                self._actuator.apply(self.executed)
+            if self.executed.directive is not Directive.PROCEED or self.executed.hand_over:  # which has moved already
+                self._actuator.apply(Action(directive=Directive.SKIP))
         except Exception as e:
             self._fault("actuator", e)
 
@@ -283,6 +292,7 @@ class Governor:
         self._settle(measured.votes)
         if self.mode == "off":
             return NEUTRAL
+        self._sgd_rate.update(telemetry.sgd_rate)
         proposed, fault = None, None
         if not self._enforcer.suspended:
             try:
@@ -297,6 +307,7 @@ class Governor:
             restorable=self._restorable,
             groups=len(self.optimizer.param_groups),
             late=measured.late,
+            no_hand_over=self._no_hand_over(proposed),
         )
         action = ruling.action
         withheld = measured.late and telemetry.nonfinite == 1 and self._armed  # on the device, a decision ago
@@ -313,6 +324,8 @@ class Governor:
             extra["lost_steps"] = [self._last_good.step, self.step]  # their batches are spent, and not seen again
         if withheld:
             extra["withheld_on_device"] = True
+        if action.hand_over:
+            extra["sgd_rate"] = self._sgd_rate.value
         reasons = (*ruling.reasons, *(("shadow mode",) if self.mode == "shadow" else ()))
         self._recorder.write(self.step, telemetry, proposed, executed, action, reasons, extra)
         self._last_good.offer(self.step, telemetry, executed, self.mode)
@@ -321,8 +334,14 @@ class Governor:
             lr_scale=executed.lr_scale,
             group_lr_scales=executed.group_lr_scales,
             momentum_scale=executed.momentum_scale,
+            hand_over=executed.hand_over,
         )
         return executed
+
+    def _no_hand_over(self, proposed: Any) -> str | None:
+        if not isinstance(proposed, Action) or not proposed.hand_over:
+            return None  # nobody asks
+        return impossible(self.optimizer) or self._sgd_rate.unknown
 
     def _between(self) -> Action:
         """The action of a step between two decisions: that of the window, unless this step alone is poisoned."""
@@ -343,6 +362,7 @@ class Governor:
         if action.directive is Directive.ROLLBACK:
             self._last_good.restore()
             self._measurement.probe.forget()
+            self._measurement.rate_meter.forget()
             try:
                 self.controller.rolled_back()
             except Exception as e:
@@ -354,14 +374,18 @@ class Governor:
         if self.step % self.context.decide_every == 0:  # what the next decision's telemetry will speak of
             self._armed = arm
         if bad is not None and arm:
-            self._guard.arm(bad)
-        self._actuator.apply(action)
-        self.executed = action
+            self._guard.arm(bad, by_gradients=action.hand_over)
         if (self.step + 1) % self.context.decide_every == 0 and action.directive is Directive.PROCEED:
-            try:
+            try:  # first: a step that is handed over moves the weights
                 self._measurement.probe.before_step()
             except Exception as e:  # an update that cannot be measured is executed all the same
                 self._fault("probe", e)
+        self._actuator.apply(action, self._sgd_rate.value)
+        self.executed = action
+        try:
+            self._measurement.rate_meter.executed(action)
+        except Exception as e:
+            self._fault("probe", e)
 
     def _let_go(self) -> None:
         """Executes the neutral action, within the slew limit; where even that fails, nothing."""
@@ -447,7 +471,7 @@ class Governor:
 
         Returns:
             `decisions`, `interventions` (decisions whose executed action was not neutral), `skips`, `rollbacks`,
-            `suspended`, `faults` (where → count), `overhead_seconds` spent in governance, `regimes` (name →
+            `hand_overs` (decisions to run as SGD), `suspended`, `faults` (where → count), `overhead_seconds` spent in governance, `regimes` (name →
             decisions), `mode`, `controller` (its own counters). In shadow mode: what would have been executed.
         """
         try:
@@ -456,7 +480,7 @@ class Governor:
             self._fault("controller", e)
             own = {}
         return {
-            **{key: self._recorder.counts[key] for key in ("decisions", "interventions", "skips", "rollbacks")},
+            **{key: self._recorder.counts[key] for key in _COUNTED},
             "suspended": self._enforcer.suspended,
             "faults": dict(self._recorder.faults),
             "overhead_seconds": self._overhead,
@@ -473,6 +497,7 @@ class Governor:
             "rank": self._rank,
             "controller": self.controller.state_dict(),
             "enforcer": self._enforcer.state_dict(),
+            "sgd_rate": self._sgd_rate.state_dict(),
             "measurement": self._measurement.state_dict() if self._measurement is not None else None,
             "armed": self._armed,
             "held": brief(self._held),
@@ -494,6 +519,7 @@ class Governor:
         self.step = state["step"]
         self.controller.load_state_dict(state["controller"])
         self._enforcer.load_state_dict(state["enforcer"])
+        self._sgd_rate.load_state_dict(state["sgd_rate"])
         if self._measurement is not None and state["measurement"] is not None:
             self._measurement.load_state_dict(state["measurement"], own=own)
         self.executed = unbrief(state["executed"])
