@@ -44,8 +44,8 @@ def impossible(optimizer: torch.optim.Optimizer) -> str | None:
     for setting in ("capturable", "differentiable"):
         if any(group[setting] for group in optimizer.param_groups):
             return f"the optimizer is {setting}"
-    if any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
-        return "parameters are sharded over ranks"
+    if any(len({is_sharded(p) for p in group["params"]}) > 1 for group in optimizer.param_groups):
+        return "a parameter group mixes sharded and whole tensors"
     return None
 
 
@@ -104,8 +104,7 @@ class GroupStep:
             weights,
             gradients,
             self.exp_avg,
-            foreach=group["foreach"],
-            fused=group["fused"],
+            foreach=group["foreach"],  # never fused: that kernel goes astray on sharded tensors
             lr=group["lr"] * self.rate,
             momentum=beta1,
             dampening=beta1,
