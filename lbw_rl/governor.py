@@ -27,7 +27,7 @@ from lbw_rl.ledger import ledger_of_rank
 from lbw_rl.measurement import Measured, Measurement
 from lbw_rl.recorder import Recorder, brief, unbrief
 from lbw_rl.registry import load_controller
-from lbw_rl.sgd_rate import SgdRate
+from lbw_rl.sgd_rate import SgdRate, largest_beta1
 from lbw_rl.signals import NAN, Telemetry
 from lbw_rl.snapshot import Snapshot, Stateful
 from lbw_rl.stages import Mode, Switch, check_mode
@@ -292,7 +292,7 @@ class Governor:
         self._settle(measured.votes)
         if self.mode == "off":
             return NEUTRAL
-        self._sgd_rate.update(telemetry.sgd_rate)
+        self._sgd_rate.update(telemetry, largest_beta1(self.optimizer))
         proposed, fault = None, None
         if not self._enforcer.suspended:
             try:
@@ -314,6 +314,8 @@ class Governor:
         if withheld:
             self._recorder.counts["skips"] += 1
             self._enforcer.note_skip()
+        if withheld or action.directive is not Directive.PROCEED:
+            self._sgd_rate.withheld()
         self._recorder.count(action)
         executed = NEUTRAL if self.mode == "shadow" else action
         extra: dict[str, Any] = {"would_execute": brief(action)} if self.mode == "shadow" else {}

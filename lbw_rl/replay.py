@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lbw_rl.action import Directive
 from lbw_rl.authority import Authority
 from lbw_rl.controller import Context, Controller
 from lbw_rl.enforcer import Enforcer
@@ -78,8 +79,10 @@ def replay(ledger: str | Path, controller: Controller) -> Replay:
             proposed = controller.act(telemetry)
         except Exception as e:  # as the governor would: a broken controller is a finding, not a crash
             fault = f"{type(e).__name__}: {e}"
-        sgd_rate.update(telemetry.sgd_rate)
+        sgd_rate.update(telemetry)
         ruling = enforcer.rule(proposed, fault, no_hand_over=sgd_rate.unknown)
+        if step["recorded_directive"] != Directive.PROCEED or record.get("withheld_on_device"):
+            sgd_rate.withheld()
         steps.append(
             {
                 **step,

@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from lbw_rl.action import Action, Directive
+from lbw_rl.actuator import scaled_decay
 from lbw_rl.hand_over import decouples_decay, is_adam
 from lbw_rl.probe import Probe
+from lbw_rl.signals import Telemetry
 from lbw_rl.statistics import ExponentialMean
 
 Vector = NDArray[np.float32]
@@ -23,6 +25,9 @@ decoupled decay left, coupled decay, sign of the gradient (−1 where the object
 HALF_LIFE = 50.0
 """Updates after which one projection's weight in Λ has halved; the paper has Adam's β₂, 693 updates at 0.999."""
 RECENT_HALF_LIFE = 5.0
+LARGEST_GRADIENT = 5.0
+"""Times the mean gradient norm of the measured steps, beyond which Λ does not hold."""
+_OVERFLOWN = 1e300  # stands for a norm that is not finite: the momentum may be anything for long
 TOLERANCE = 0.2
 """Λ is known once |ln Λ − recent mean of ln γ| ≤ ln(1 + this); the paper asks |Λ − γ| < 1e-9 of a single γ."""
 
@@ -140,17 +145,41 @@ class SgdRate:
 
     The mean is taken over ln γ, so that a γ whose denominator p·g came out small does not carry it away. A γ that is
     not finite or not positive never enters. Handed-over steps bring no γ, so Λ stands still meanwhile, as in SWATS.
+
+    Adam's step does not grow with the gradient and SGD's does: a burst that Adam would hardly feel could throw the
+    weights anywhere. So Λ holds only for gradients of about the size that it was measured at, in the momentum as well.
+    ‖m‖ is bounded by the same mean of gradient norms, M ← β₁′·M + (1 − β₁′)·‖g‖ (triangle inequality), and a step of
+    SGD by Λ·η·max(M, ‖g‖).
     """
 
     def __init__(self) -> None:
         self._log_mean = ExponentialMean(HALF_LIFE)
         self._recent = ExponentialMean(RECENT_HALF_LIFE)
+        self._log_norm = ExponentialMean(HALF_LIFE)  # of the gradient, over the measured steps
+        self._momentum = 0.0  # M, without the step at hand
+        self._norm = math.nan  # of the step at hand
 
-    def update(self, gamma: float) -> None:
-        """Takes in the projection of one Adam step; NaN where there was none."""
+    def update(self, telemetry: Telemetry, beta1: float = 0.9) -> None:
+        """Takes in one decision's measurement.
+
+        Args:
+            telemetry: γ (NaN where there was none), gradient norm and executed momentum scale are read.
+            beta1: scheduled β₁ of Adam, the largest of all groups.
+        """
+        gamma, before = telemetry.sgd_rate, self._norm
+        self._norm = _OVERFLOWN if telemetry.nonfinite == 1 else telemetry.grad_norm
+        if math.isfinite(before):
+            decay = scaled_decay(beta1, telemetry.momentum_scale) if telemetry.momentum_scale > 0 else beta1
+            self._momentum = decay * self._momentum + (1.0 - decay) * before
         if 0.0 < gamma < math.inf:
             self._log_mean.update(math.log(gamma))
             self._recent.update(math.log(gamma))
+            if before > 0.0:
+                self._log_norm.update(math.log(before))
+
+    def withheld(self) -> None:
+        """Notes that the gradient of the decision taken in last enters no momentum: its step does not happen."""
+        self._norm = math.nan
 
     @property
     def value(self) -> float:
@@ -163,19 +192,40 @@ class SgdRate:
 
         SWATS' criterion, |Λ − γ| small, holds at the moment of the hand-over; here γ is averaged over its last few
         values, since a single one scatters by tens of per cent, and Λ must have been averaged over a half-life.
+        Gradient and momentum must be within `LARGEST_GRADIENT` of those that it was measured at.
         """
         if self._log_mean.count < HALF_LIFE:
             return f"the SGD rate is not known: {self._log_mean.count} of {HALF_LIFE:g} Adam steps measured"
         distance = abs(self._recent.mean - self._log_mean.mean)
         if distance > math.log1p(TOLERANCE):
             return f"the SGD rate is still moving: recent {math.exp(self._recent.mean):.4g}, mean {self.value:.4g}"
+        if not math.isfinite(self._norm):
+            return "the gradient norm is not known"
+        size = max(self._norm, self._momentum) / math.exp(self._log_norm.mean)
+        if not size <= LARGEST_GRADIENT:
+            return f"gradient or momentum may be {size:.3g} times those that the SGD rate was measured at"
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Both means, as JSON data."""
-        return {"mean": self._log_mean.state_dict(), "recent": self._recent.state_dict()}
+        """All of it, as JSON data."""
+        means = {"mean": self._log_mean, "recent": self._recent, "norm": self._log_norm}
+        latest = self._norm if math.isfinite(self._norm) else None
+        return {**{k: v.state_dict() for k, v in means.items()}, "momentum": self._momentum, "latest_norm": latest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`."""
         self._log_mean.load_state_dict(state["mean"])
         self._recent.load_state_dict(state["recent"])
+        self._log_norm.load_state_dict(state["norm"])
+        self._momentum = state["momentum"]
+        self._norm = math.nan if state["latest_norm"] is None else state["latest_norm"]
+
+
+def largest_beta1(optimizer: torch.optim.Optimizer) -> float:
+    """Largest scheduled β₁ of an Adam's groups; 0 for other optimizers, which hand nothing over."""
+    if not is_adam(optimizer):
+        return 0.0
+    betas = (
+        group["betas"][0] for group in optimizer.param_groups
+    )  # on the device if capturable: it hands nothing over
+    return max((float(b) for b in betas if not isinstance(b, torch.Tensor) or b.device.type == "cpu"), default=0.0)
