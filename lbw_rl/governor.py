@@ -27,7 +27,7 @@ from lbw_rl.ledger import ledger_of_rank
 from lbw_rl.measurement import Measured, Measurement
 from lbw_rl.recorder import Recorder, brief, unbrief
 from lbw_rl.registry import load_controller
-from lbw_rl.sgd_rate import SgdRate, largest_beta1
+from lbw_rl.sgd_rate import SgdRate, largest_beta1, rate_on_host
 from lbw_rl.signals import NAN, Telemetry
 from lbw_rl.snapshot import Snapshot, Stateful
 from lbw_rl.stages import Mode, Switch, check_mode
@@ -412,7 +412,7 @@ class Governor:
         known = {
             "step": float(self.step),
             "progress": min(1.0, self.step / total) if total else NAN,
-            "learning_rate": _scheduled_lr(self.optimizer),
+            "learning_rate": rate_on_host(self.optimizer.param_groups[0]),  # else the probe brings it along
             "lr_scale": self.executed.lr_scale,
             "momentum_scale": self.executed.momentum_scale,
         }
@@ -584,9 +584,3 @@ def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"optimizer: {type(optimizer).__name__} is none; accepted: a torch.optim.Optimizer")
     return optimizer
-
-
-def _scheduled_lr(optimizer: torch.optim.Optimizer) -> float:
-    lr = optimizer.param_groups[0].get("lr", NAN)
-    on_device = isinstance(lr, torch.Tensor) and lr.device.type != "cpu"
-    return NAN if on_device or lr is None else float(lr)  # the probe brings it along without a sync

@@ -117,12 +117,12 @@ class RateMeter:
             return None
         terms = []
         for group, count in self._probe.sampled_groups:
-            lr, decay = group["lr"], float(group["weight_decay"])
-            if isinstance(lr, torch.Tensor) and lr.device.type != "cpu":  # reading it would wait for the device
+            lr, decay = rate_on_host(group), float(group["weight_decay"])
+            if math.isnan(lr):
                 return None
             decoupled = decouples_decay(self._optimizer, group)
-            kept, coupled = (1.0 - float(lr) * decay, 0.0) if decoupled else (1.0, decay)
-            terms.append((float(count), float(lr), kept, coupled, -1.0 if group["maximize"] else 1.0))
+            kept, coupled = (1.0 - lr * decay, 0.0) if decoupled else (1.0, decay)
+            terms.append((float(count), lr, kept, coupled, -1.0 if group["maximize"] else 1.0))
         return tuple(terms) or None
 
     def state_dict(self) -> dict[str, Any]:
@@ -219,6 +219,13 @@ class SgdRate:
         self._log_norm.load_state_dict(state["norm"])
         self._momentum = state["momentum"]
         self._norm = math.nan if state["latest_norm"] is None else state["latest_norm"]
+
+
+def rate_on_host(group: Mapping[str, Any]) -> float:
+    """A parameter group's learning rate; NaN without one, or where reading it would wait for the device."""
+    lr = group.get("lr")
+    on_device = isinstance(lr, torch.Tensor) and lr.device.type != "cpu"
+    return math.nan if lr is None or on_device else float(lr)
 
 
 def largest_beta1(optimizer: torch.optim.Optimizer) -> float:

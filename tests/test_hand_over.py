@@ -746,7 +746,9 @@ def test_a_burst_in_the_sgd_phase_is_left_to_adam_which_hardly_feels_it(size):
         assert not governor.executed.hand_over
         if step == KNOWN:
             assert "times those that the SGD rate was measured at" in governor.last_ruling.reasons[0]
-    assert all(float((p.detach() - w).abs().max()) < 20 * 4 * 3e-3 for p, w in zip(model.parameters(), before, strict=True))
+    assert all(
+        float((p.detach() - w).abs().max()) < 20 * 4 * 3e-3 for p, w in zip(model.parameters(), before, strict=True)
+    )
 
 
 def test_steps_with_a_closure_move_once(make_mlp):
