@@ -1,5 +1,6 @@
 """Handing over to SGD: the rate is measured as in SWATS, the momentum is carried on, nothing happens unpermitted."""
 
+import contextlib
 import copy
 import functools
 import json
@@ -12,6 +13,7 @@ import torch
 from conftest import OPTIMIZERS
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbw_rl import CONTROLLERS, Action, Authority, Controller, Directive, Governor, Telemetry, load_controller
 from lbw_rl.action import NEUTRAL
@@ -749,6 +751,32 @@ def test_a_burst_in_the_sgd_phase_is_left_to_adam_which_hardly_feels_it(size):
     assert all(
         float((p.detach() - w).abs().max()) < 20 * 4 * 3e-3 for p, w in zip(model.parameters(), before, strict=True)
     )
+
+
+@pytest.mark.parametrize("kind", ["adamw-foreach", "adamw-fused"])
+def test_a_handed_over_step_makes_no_host_wait_and_withholds_poison_on_the_device(kind):
+    class HostReads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            assert name not in {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal"}, name
+            return func(*args, **(kwargs or {}))
+
+    model = make_model()
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    governor = Governor(optimizer, Asks(), authority=PERMITTED, late=True)
+    train(model, optimizer, KNOWN)
+    assert governor.executed.hand_over
+    for step in range(KNOWN, KNOWN + 8):
+        backward(model, step)
+        if step == KNOWN + 3:
+            model[0].weight.grad[0, 0] = math.nan
+        # The step after the poison is Adam's, whose foreach kernel reads its own counters on the host.
+        with contextlib.nullcontext() if step == KNOWN + 4 else HostReads():
+            optimizer.step()
+        assert governor.executed.hand_over == (step != KNOWN + 4)
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert governor.summary()["skips"] == 1
+    assert governor.summary()["faults"] == {}
 
 
 def test_steps_with_a_closure_move_once(make_mlp):
