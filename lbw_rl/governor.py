@@ -314,10 +314,10 @@ class Governor:
         if withheld:
             self._recorder.counts["skips"] += 1
             self._enforcer.note_skip()
-        if withheld or action.directive is not Directive.PROCEED:
-            self._sgd_rate.withheld()
         self._recorder.count(action)
         executed = NEUTRAL if self.mode == "shadow" else action
+        if withheld or executed.directive is not Directive.PROCEED:
+            self._sgd_rate.withheld()
         extra: dict[str, Any] = {"would_execute": brief(action)} if self.mode == "shadow" else {}
         if len(measured.nonfinite_ranks) and self._measurement is not None and self._measurement.exchange is not None:
             extra["nonfinite_ranks"] = list(measured.nonfinite_ranks)
@@ -395,6 +395,7 @@ class Governor:
             self.executed = self._held = NEUTRAL
             return
         self._put_back()
+        self._measurement.rate_meter.forget()
         self.executed = self._held = NEUTRAL if self.mode == "shadow" else self._enforcer.let_go(self.executed.lr_scale)
         try:
             self._actuator.apply(self.executed)
@@ -473,8 +474,8 @@ class Governor:
 
         Returns:
             `decisions`, `interventions` (decisions whose executed action was not neutral), `skips`, `rollbacks`,
-            `hand_overs` (decisions to run as SGD), `suspended`, `faults` (where → count), `overhead_seconds` spent in governance, `regimes` (name →
-            decisions), `mode`, `controller` (its own counters). In shadow mode: what would have been executed.
+            `hand_overs` (decisions to run as SGD), `suspended`, `faults` (where → count), `overhead_seconds` spent in
+            governance, `regimes` (name → decisions), `mode`, `controller` (its own counters). In shadow mode: what would have been executed.
         """
         try:
             own = self.controller.summary()

@@ -25,11 +25,12 @@ decoupled decay left, coupled decay, sign of the gradient (−1 where the object
 HALF_LIFE = 50.0
 """Updates after which one projection's weight in Λ has halved; the paper has Adam's β₂, 693 updates at 0.999."""
 RECENT_HALF_LIFE = 5.0
+"""The same for the mean of the last few projections, which Λ is compared with."""
+TOLERANCE = 0.2
+"""Λ is known while |ln Λ − recent mean of ln γ| ≤ ln(1 + this); the paper asks |Λ − γ| < ε of a single γ."""
 LARGEST_GRADIENT = 5.0
 """Times the mean gradient norm of the measured steps, beyond which Λ does not hold."""
 _OVERFLOWN = 1e300  # stands for a norm that is not finite: the momentum may be anything for long
-TOLERANCE = 0.2
-"""Λ is known once |ln Λ − recent mean of ln γ| ≤ ln(1 + this); the paper asks |Λ − γ| < 1e-9 of a single γ."""
 
 
 def projected_rate(before: Vector, after: Vector, gradient: Vector, terms: Terms) -> float:
@@ -109,8 +110,8 @@ class RateMeter:
         self._gradient_kept = False
 
     def forget(self) -> None:
-        """After a rollback the last step belongs to another history."""
-        self._terms, self._gradient_kept = None, False
+        """After a rollback or a fault the last step and the last gradient do not belong together."""
+        self._terms, self._gradient_seen, self._gradient_kept = None, False, False
 
     def _present_terms(self) -> Terms | None:
         if not is_adam(self._optimizer):
@@ -164,7 +165,7 @@ class SgdRate:
 
         Args:
             telemetry: γ (NaN where there was none), gradient norm and executed momentum scale are read.
-            beta1: scheduled β₁ of Adam, the largest of all groups.
+            beta1: scheduled β₁ of Adam, the largest of all groups: how long a burst stays in the momentum.
         """
         gamma, before = telemetry.sgd_rate, self._norm
         self._norm = _OVERFLOWN if telemetry.nonfinite == 1 else telemetry.grad_norm
@@ -232,7 +233,6 @@ def largest_beta1(optimizer: torch.optim.Optimizer) -> float:
     """Largest scheduled β₁ of an Adam's groups; 0 for other optimizers, which hand nothing over."""
     if not is_adam(optimizer):
         return 0.0
-    betas = (
-        group["betas"][0] for group in optimizer.param_groups
-    )  # on the device if capturable: it hands nothing over
+    betas = [group["betas"][0] for group in optimizer.param_groups]
+    # On the device they are those of a capturable optimizer, which hands nothing over either.
     return max((float(b) for b in betas if not isinstance(b, torch.Tensor) or b.device.type == "cpu"), default=0.0)

@@ -19,6 +19,7 @@ from lbw_rl import CONTROLLERS, Action, Authority, Controller, Directive, Govern
 from lbw_rl.action import NEUTRAL
 from lbw_rl.actuator import Actuator
 from lbw_rl.enforcer import Enforcer
+from lbw_rl.hand_over import impossible
 from lbw_rl.replay import replay
 from lbw_rl.sgd_rate import HALF_LIFE, TOLERANCE, SgdRate, projected_rate
 
@@ -480,6 +481,24 @@ def test_a_step_that_cannot_be_handed_over_is_refused_before_anything_moves():
     with pytest.raises(ValueError, match="SGD is not torch's Adam or AdamW"):
         Actuator(torch.optim.SGD(model.parameters(), lr=1.0)).apply(Action(hand_over=True), 1.0)
     assert same_bits(bits(model, optimizer), before)
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"capturable": True}, "the optimizer is capturable"),
+        ({"differentiable": True}, "the optimizer is differentiable"),
+        ({}, "a parameter group mixes sharded and whole tensors"),
+    ],
+)
+def test_settings_under_which_it_is_impossible_are_named(setting, reason, monkeypatch):
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), **setting)
+    if not setting:
+        assert impossible(optimizer) is None
+        monkeypatch.setattr("lbw_rl.hand_over.is_sharded", lambda p: p is model[0].weight)
+    assert impossible(optimizer) == reason
+    assert impossible(type("Own", (torch.optim.AdamW,), {})(model.parameters())) == "Own is not torch's Adam or AdamW"
 
 
 def test_a_group_that_fails_half_way_moves_no_second_time_and_the_next_one_takes_its_own_step(monkeypatch):
