@@ -181,6 +181,7 @@ class EntroPIC(Controller):
             lr_scale=lr,
             group_lr_scales=self._group_scales(telemetry.group_grad_entropy),
             momentum_scale=momentum,
+            hand_over=self._handed_over,
             regime=regime,
             evidence={k: v for k, v in evidence.items() if math.isfinite(v)},
         )

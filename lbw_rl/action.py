@@ -26,6 +26,8 @@ class Action:
             rates in the proportions that they have.
         momentum_scale: multiple of the momentum's averaging horizon 1/(1−β); 1 leaves it alone.
         directive: proceed, skip this update, or roll back to the last good snapshot.
+        hand_over: run this step as SGD with momentum instead of the optimizer's own rule, at the rate that governance
+            has measured for it; asked for at every decision anew.
         regime: the controller's name for the state that it sees.
         evidence: name → value of what made it say so.
     """
@@ -34,6 +36,7 @@ class Action:
     group_lr_scales: tuple[float, ...] = ()
     momentum_scale: float = 1.0
     directive: Directive = Directive.PROCEED
+    hand_over: bool = False
     regime: str = "steady"
     evidence: Mapping[str, float] = field(default_factory=dict)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from lbw_rl.action import Action, Directive
+from lbw_rl.hand_over import prepare
 
 
 def scaled_decay(decay: float, scale: float) -> float:
@@ -33,27 +35,49 @@ class Actuator:
 
     Decoupled weight decay is lr × decay, so it scales with the learning rate: a run whose rate is brought back
     to the right one gets the decay of the right one too.
+
+    A step that is handed over moves the weights here (see `hand_over`), group by group, and withholds the gradients of
+    what has moved, so that no tensor moves twice and none is passed by. What can be refused is refused before the first
+    weight moves. If a group fails all the same, half way through, its gradients are withheld too; the groups that have
+    not moved yet follow the optimizer's own rule.
+
+    Args:
+        optimizer: to be written to.
+        fault: told (source, error) of a group that failed half way.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, fault: Callable[[str, Exception], None] = lambda source, error: None
+    ) -> None:
         self.optimizer = optimizer
+        self._fault = fault
         self._saved: list[tuple[dict[str, Any], str, Any]] = []
         self._in_place: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._withheld: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
     @torch.no_grad()
-    def apply(self, action: Action) -> None:
-        """Writes the action's scales, or withholds the gradients if it skips."""
+    def apply(self, action: Action, sgd_rate: float = math.nan) -> None:
+        """Writes the action's scales, or withholds the gradients if it skips.
+
+        Args:
+            action: what is to be executed.
+            sgd_rate: Λ, for a step that is handed over.
+
+        Raises:
+            ValueError: a step that cannot be handed over; nothing has moved then.
+        """
         self.restore()  # a step that raised never reached its post hook
-        if action.directive is not Directive.PROCEED:
-            self._withhold()
-            return
         groups = self.optimizer.param_groups
+        if action.directive is not Directive.PROCEED:
+            self._withhold([p for group in groups for p in group["params"]])
+            return
         scales = [action.lr_scale * extra for extra in action.group_lr_scales or (1.0,) * len(groups)]
         self._scale_rates(list(zip(groups, scales)))
         if action.momentum_scale != 1.0:
             for group in groups:
                 self._scale_momentum(group, action.momentum_scale)
+        if action.hand_over:
+            self._step_as_sgd(sgd_rate)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -95,9 +119,17 @@ class Actuator:
             # At exactly 0 RMSprop makes no buffer, which it misses at the next step, and SGD lets its own go stale.
             group["momentum"] = max(scaled_decay(float(group["momentum"]), scale), sys.float_info.min)
 
-    def _withhold(self) -> None:
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._withheld.append((parameter, parameter.grad))
-                    parameter.grad = None
+    def _step_as_sgd(self, rate: float) -> None:
+        for step in prepare(self.optimizer, rate):
+            self._withhold(step.parameters)
+            try:
+                step.execute()
+            except Exception as e:  # this group's moments may have moved: the optimizer must not move them again
+                self._fault("hand-over", e)
+                return
+
+    def _withhold(self, parameters: list[torch.nn.Parameter]) -> None:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self._withheld.append((parameter, parameter.grad))
+                parameter.grad = None

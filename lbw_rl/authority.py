@@ -42,6 +42,9 @@ class Authority(BaseModel):
         ge=1,
         description="optimizer steps between two copies of the last good state, where rollbacks are allowed",
     )
+    hand_over: bool = Field(
+        False, description="whether steps of Adam and AdamW may be executed as SGD with momentum (`Action.hand_over`)"
+    )
     suspend_after: int = Field(
         5, ge=1, description="controller faults (exceptions, non-finite actions) after which it is suspended"
     )
@@ -57,14 +60,14 @@ class Authority(BaseModel):
         return bounds
 
     def clip(self, action: Action, previous_lr_scale: float = 1.0) -> tuple[Action, list[str]]:
-        """Holds the scales of a finite action to the bounds; says what it changed and why.
+        """Holds the scales of a finite action to the bounds, and a hand-over to the permission; says what it changed.
 
         Args:
             action: the proposal; its scales must be finite.
             previous_lr_scale: the scale executed last, from which `slew_up` counts.
 
         Returns:
-            The action with its scales clipped, and one reason per change.
+            The action as far as it is permitted, and one reason per change.
         """
         reasons: list[str] = []
         lr = _clip(action.lr_scale, self.lr_scale, "lr_scale", reasons)
@@ -73,9 +76,12 @@ class Authority(BaseModel):
             reasons.append(f"lr_scale {lr:.4g} held to {ceiling:.4g} by slew_up")
             lr = ceiling
         momentum = _clip(action.momentum_scale, self.momentum_scale, "momentum_scale", reasons)
+        hand_over = action.hand_over and self.hand_over
+        if hand_over != action.hand_over:
+            reasons.append("hand-over denied: the authority does not permit it")
         if not reasons:
             return action, reasons
-        return replace(action, lr_scale=lr, momentum_scale=momentum), reasons
+        return replace(action, lr_scale=lr, momentum_scale=momentum, hand_over=hand_over), reasons
 
 
 def _clip(value: float, bounds: tuple[float, float], name: str, reasons: list[str]) -> float:

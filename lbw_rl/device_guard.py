@@ -26,9 +26,14 @@ class DeviceGuard:
         self._previous: Any = _MISSING
 
     @torch.no_grad()
-    def arm(self, bad: torch.Tensor) -> None:
-        """Withholds the coming step where `bad`, a 0-d bool on the device, turns out to be true."""
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+    def arm(self, bad: torch.Tensor, *, by_gradients: bool = False) -> None:
+        """Withholds the coming step where `bad`, a 0-d bool on the device, turns out to be true.
+
+        Args:
+            bad: the condition.
+            by_gradients: zero the gradients of a fused optimizer too: its own step is not the one that moves.
+        """
+        if not by_gradients and getattr(self.optimizer, "_step_supports_amp_scaling", False):
             found_inf = getattr(self.optimizer, "found_inf", None)
             self._previous = getattr(self.optimizer, "found_inf", _MISSING)
             flag = bad.to(torch.float32)

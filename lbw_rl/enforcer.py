@@ -72,6 +72,7 @@ class Enforcer:
         restorable: bool = True,
         groups: int | None = None,
         late: bool = False,
+        no_hand_over: str | None = None,
     ) -> Ruling:
         """Rules on one proposal.
 
@@ -81,6 +82,7 @@ class Enforcer:
             restorable: whether there is a last good state to roll back to.
             groups: parameter groups of the optimizer; None leaves the number of `group_lr_scales` unchecked.
             late: whether the telemetry is that of an earlier step, whose update nothing can skip any more.
+            no_hand_over: why the step cannot be handed over to SGD now; None if it can.
 
         Returns:
             The executed action. A fault, and every decision after suspension, becomes the neutral action.
@@ -110,6 +112,11 @@ class Enforcer:
             # A step that does not happen executes no scale: it is no rung to climb past the slew limit on.
             action = replace(action, lr_scale=self.lr_scale)
             reasons.append(f"lr_scale held to {self.lr_scale:.4g}: no update is executed")
+        if action.directive is not Directive.PROCEED:
+            no_hand_over = "no update is executed"
+        if action.hand_over and no_hand_over:
+            action = replace(action, hand_over=False)
+            reasons.append(f"hand-over denied: {no_hand_over}")
         return self._settle(action, reasons)
 
     def _permitted(self, action: Action, late: bool) -> tuple[Action, list[str]]:
@@ -118,6 +125,9 @@ class Enforcer:
         if self.mode == "skip" and (action.lr_scale, action.momentum_scale, action.group_lr_scales) != (1.0, 1.0, ()):
             action = replace(action, lr_scale=1.0, momentum_scale=1.0, group_lr_scales=())
             reasons.append("scales held to 1: mode is skip")
+        if self.mode == "skip" and action.hand_over:
+            action = replace(action, hand_over=False)
+            reasons.append("hand-over denied: mode is skip")
         if self.mode in ("skip", "lr") and action.directive is Directive.ROLLBACK:
             action = replace(action, directive=Directive.PROCEED)
             reasons.append(f"rollback denied: mode is {self.mode}")
@@ -227,6 +237,8 @@ def _malformed(proposed: object, groups: int | None) -> str | None:
         return f"group_lr_scales has {len(scales)} entries for {groups} parameter groups"
     if not isinstance(proposed.directive, Directive):
         return f"directive is {proposed.directive!r}, not a Directive"
+    if not isinstance(proposed.hand_over, bool):
+        return f"hand_over is {proposed.hand_over!r}, not a bool"
     if not isinstance(proposed.regime, str):
         return f"regime is {proposed.regime!r}, not a str"
     if not isinstance(proposed.evidence, Mapping):

@@ -21,11 +21,13 @@ from lbw_rl.controller import Context, Controller
 from lbw_rl.device_guard import DeviceGuard
 from lbw_rl.enforcer import Enforcer, Ruling
 from lbw_rl.exchange import PeerLostError, exchange_for
+from lbw_rl.hand_over import impossible
 from lbw_rl.last_good import LastGood
 from lbw_rl.ledger import ledger_of_rank
 from lbw_rl.measurement import Measured, Measurement
 from lbw_rl.recorder import Recorder, brief, unbrief
 from lbw_rl.registry import load_controller
+from lbw_rl.sgd_rate import SgdRate, largest_beta1, rate_on_host
 from lbw_rl.signals import NAN, Telemetry
 from lbw_rl.snapshot import Snapshot, Stateful
 from lbw_rl.stages import Mode, Switch, check_mode
@@ -36,6 +38,8 @@ log = logging.getLogger("lbw_rl")
 
 # Two governors' restores would interleave and leave a scale in place for the scheduler to compound.
 _GOVERNED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+_COUNTED = ("decisions", "interventions", "skips", "rollbacks", "hand_overs")
 
 
 class Governor:
@@ -127,11 +131,16 @@ class Governor:
         self.executed = NEUTRAL
         self._enforcer = Enforcer(self.authority, mode)
         self._overhead = 0.0
-        self._actuator = Actuator(optimizer)
+        self._actuator = Actuator(optimizer, self._fault)
+        self._sgd_rate = SgdRate()
         self._guard = DeviceGuard(optimizer)
         limit = self.controller.time_limit
         self._time_limit = TimeLimit(limit) if limit is not None else None
-        self._stateful = {"controller": self.controller, **(stateful or {})}
+        self._stateful: dict[str, Stateful] = {
+            "controller": self.controller,
+            "sgd_rate": self._sgd_rate,
+            **(stateful or {}),
+        }
         self._last_good = LastGood(
             Snapshot(optimizer, snapshot_bytes, model, self._stateful), self.authority, self._fault
         )
@@ -248,8 +257,8 @@ class Governor:
     def _again(self) -> None:
         """A line search has brought new gradients: a withheld step withholds them too."""
         try:
-            if self.executed.directive is not Directive.PROCEED:
-                self._actuator.apply(self.executed)
+            if self.executed.directive is not Directive.PROCEED or self.executed.hand_over:  # which has moved already
+                self._actuator.apply(Action(directive=Directive.SKIP))
         except Exception as e:
             self._fault("actuator", e)
 
@@ -284,6 +293,7 @@ class Governor:
         self._settle(measured.votes)
         if self.mode == "off":
             return NEUTRAL
+        self._sgd_rate.update(telemetry, largest_beta1(self.optimizer))
         proposed, fault = None, None
         if not self._enforcer.suspended:
             try:
@@ -298,6 +308,7 @@ class Governor:
             restorable=self._restorable,
             groups=len(self.optimizer.param_groups),
             late=measured.late,
+            no_hand_over=self._no_hand_over(proposed),
         )
         action = ruling.action
         withheld = measured.late and telemetry.nonfinite == 1 and self._armed  # on the device, a decision ago
@@ -306,6 +317,8 @@ class Governor:
             self._enforcer.note_skip()
         self._recorder.count(action)
         executed = NEUTRAL if self.mode == "shadow" else action
+        if withheld or executed.directive is not Directive.PROCEED:
+            self._sgd_rate.withheld()
         extra: dict[str, Any] = {"would_execute": brief(action)} if self.mode == "shadow" else {}
         if len(measured.nonfinite_ranks) and self._measurement is not None and self._measurement.exchange is not None:
             extra["nonfinite_ranks"] = list(measured.nonfinite_ranks)
@@ -314,6 +327,8 @@ class Governor:
             extra["lost_steps"] = [self._last_good.step, self.step]  # their batches are spent, and not seen again
         if withheld:
             extra["withheld_on_device"] = True
+        if action.hand_over:
+            extra["sgd_rate"] = self._sgd_rate.value
         reasons = (*ruling.reasons, *(("shadow mode",) if self.mode == "shadow" else ()))
         self._recorder.write(self.step, telemetry, proposed, executed, action, reasons, extra)
         self._last_good.offer(self.step, telemetry, executed, self.mode)
@@ -322,8 +337,14 @@ class Governor:
             lr_scale=executed.lr_scale,
             group_lr_scales=executed.group_lr_scales,
             momentum_scale=executed.momentum_scale,
+            hand_over=executed.hand_over,
         )
         return executed
+
+    def _no_hand_over(self, proposed: Any) -> str | None:
+        if not isinstance(proposed, Action) or not proposed.hand_over:
+            return None  # nobody asks
+        return impossible(self.optimizer) or self._sgd_rate.unknown
 
     def _between(self) -> Action:
         """The action of a step between two decisions: that of the window, unless this step alone is poisoned."""
@@ -344,6 +365,7 @@ class Governor:
         if action.directive is Directive.ROLLBACK:
             self._last_good.restore()
             self._measurement.probe.forget()
+            self._measurement.rate_meter.forget()
             try:
                 self.controller.rolled_back()
             except Exception as e:
@@ -355,14 +377,18 @@ class Governor:
         if self.step % self.context.decide_every == 0:  # what the next decision's telemetry will speak of
             self._armed = arm
         if bad is not None and arm:
-            self._guard.arm(bad)
-        self._actuator.apply(action)
-        self.executed = action
+            self._guard.arm(bad, by_gradients=action.hand_over)
         if (self.step + 1) % self.context.decide_every == 0 and action.directive is Directive.PROCEED:
-            try:
+            try:  # first: a step that is handed over moves the weights
                 self._measurement.probe.before_step()
             except Exception as e:  # an update that cannot be measured is executed all the same
                 self._fault("probe", e)
+        self._actuator.apply(action, self._sgd_rate.value)
+        self.executed = action
+        try:
+            self._measurement.rate_meter.executed(action)
+        except Exception as e:
+            self._fault("probe", e)
 
     def _let_go(self) -> None:
         """Executes the neutral action, within the slew limit; where even that fails, nothing."""
@@ -370,6 +396,7 @@ class Governor:
             self.executed = self._held = NEUTRAL
             return
         self._put_back()
+        self._measurement.rate_meter.forget()
         self.executed = self._held = NEUTRAL if self.mode == "shadow" else self._enforcer.let_go(self.executed.lr_scale)
         try:
             self._actuator.apply(self.executed)
@@ -387,7 +414,7 @@ class Governor:
         known = {
             "step": float(self.step),
             "progress": min(1.0, self.step / total) if total else NAN,
-            "learning_rate": _scheduled_lr(self.optimizer),
+            "learning_rate": rate_on_host(self.optimizer.param_groups[0]),  # else the probe brings it along
             "lr_scale": self.executed.lr_scale,
             "momentum_scale": self.executed.momentum_scale,
         }
@@ -448,8 +475,8 @@ class Governor:
 
         Returns:
             `decisions`, `interventions` (decisions whose executed action was not neutral), `skips`, `rollbacks`,
-            `suspended`, `faults` (where → count), `overhead_seconds` spent in governance, `regimes` (name →
-            decisions), `mode`, `controller` (its own counters). In shadow mode: what would have been executed.
+            `hand_overs` (decisions to run as SGD), `suspended`, `faults` (where → count), `overhead_seconds` spent in
+            governance, `regimes` (name → decisions), `mode`, `controller` (its own counters). In shadow mode: what would have been executed.
         """
         try:
             own = self.controller.summary()
@@ -457,7 +484,7 @@ class Governor:
             self._fault("controller", e)
             own = {}
         return {
-            **{key: self._recorder.counts[key] for key in ("decisions", "interventions", "skips", "rollbacks")},
+            **{key: self._recorder.counts[key] for key in _COUNTED},
             "suspended": self._enforcer.suspended,
             "faults": dict(self._recorder.faults),
             "overhead_seconds": self._overhead,
@@ -474,6 +501,7 @@ class Governor:
             "rank": self._rank,
             "controller": self.controller.state_dict(),
             "enforcer": self._enforcer.state_dict(),
+            "sgd_rate": self._sgd_rate.state_dict(),
             "measurement": self._measurement.state_dict() if self._measurement is not None else None,
             "armed": self._armed,
             "held": brief(self._held),
@@ -495,6 +523,7 @@ class Governor:
         self.step = state["step"]
         self.controller.load_state_dict(state["controller"])
         self._enforcer.load_state_dict(state["enforcer"])
+        self._sgd_rate.load_state_dict(state["sgd_rate"])
         if self._measurement is not None and state["measurement"] is not None:
             self._measurement.load_state_dict(state["measurement"], own=own)
         self.executed = unbrief(state["executed"])
@@ -557,9 +586,3 @@ def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"optimizer: {type(optimizer).__name__} is none; accepted: a torch.optim.Optimizer")
     return optimizer
-
-
-def _scheduled_lr(optimizer: torch.optim.Optimizer) -> float:
-    lr = optimizer.param_groups[0].get("lr", NAN)
-    on_device = isinstance(lr, torch.Tensor) and lr.device.type != "cpu"
-    return NAN if on_device or lr is None else float(lr)  # the probe brings it along without a sync

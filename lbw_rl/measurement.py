@@ -17,6 +17,7 @@ from lbw_rl.device import DeviceSource
 from lbw_rl.exchange import Exchange
 from lbw_rl.observer import Observer, Window
 from lbw_rl.probe import SCALARS, SEGMENTS, Packed, Probe
+from lbw_rl.sgd_rate import RateMeter, Terms, as_terms
 from lbw_rl.signals import NAN, SIGNALS, Telemetry
 from lbw_rl.transfer import Transfer
 
@@ -54,6 +55,7 @@ class _Pending:
     transfer: Transfer | None
     packed: Packed | None
     known: dict[str, float]
+    terms: Terms | None = None
 
     def values(self) -> dict[str, Vector]:
         if self.transfer is None or self.packed is None:
@@ -94,6 +96,7 @@ class Measurement:
     ) -> None:
         self.observer = Observer(model, fault)
         self.probe = Probe(optimizer, answers=exchange is None or exchange.rank == 0, group_entropy=group_entropy)
+        self.rate_meter = RateMeter(optimizer, self.probe)
         self.exchange, self.late = exchange, late
         self._fault = fault
         self._scaler = scaler
@@ -155,12 +158,13 @@ class Measurement:
 
     def _measure(self, known: dict[str, float]) -> _Pending:
         window = Window(None, None, None, {})
-        packed = transfer = None
+        packed = transfer = terms = None
         self.bad = None
         try:
             window = self.observer.collect()
             packed = self.probe.pack(window.loss, window.step_loss, window.grad_norm, _loss_scale(self._scaler))
             transfer = Transfer(packed.values)
+            terms = self.rate_meter.measured()
             if self.late:
                 # With ranks the loss of one is no other's: what all have in common is the gradient.
                 alone = self.exchange is None
@@ -174,7 +178,7 @@ class Measurement:
                 known |= self._device.read()
             except Exception as e:
                 self._fault("device", e)
-        return _Pending(transfer, packed, known)
+        return _Pending(transfer, packed, known, terms)
 
     def _alone(self, signals: dict[str, float], values: dict[str, Vector], due: _Pending | None) -> Measured:
         own = {name: float(values[name][0]) for name in SCALARS if name in values}
@@ -239,8 +243,10 @@ class Measurement:
     ) -> tuple[float, ...]:
         """Adds what the sample tells of the whole, and returns what it tells of each parameter group."""
         if due is None or due.packed is None:
+            self.rate_meter.missed()
             return ()
         try:
+            signals["sgd_rate"] = self.rate_meter.rate(values, due.terms)
             sampled = self.probe.signals(values, due.packed.beta2, due.packed.eps)
             groups = self.probe.group_entropies(values["gradient"]) if "gradient" in values else ()
         except Exception as e:
@@ -249,6 +255,7 @@ class Measurement:
         signals |= sampled
         if "gradient" in values and not signals.get("nonfinite") and math.isfinite(sampled["grad_entropy"]):
             self.probe.remember(values["gradient"])
+            self.rate_meter.kept()
         return groups
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,6 +264,7 @@ class Measurement:
         return {
             "observer": self.observer.state_dict(),
             "probe": self.probe.state_dict(),
+            "rate_meter": self.rate_meter.state_dict(),
             "pending": None
             if pending is None or pending.transfer is None or pending.packed is None
             else {
@@ -266,6 +274,7 @@ class Measurement:
                 "beta2": pending.packed.beta2,
                 "eps": pending.packed.eps,
                 "known": pending.known,
+                "terms": pending.terms,
             },
         }
 
@@ -279,13 +288,14 @@ class Measurement:
         """
         self.observer.load_state_dict(state["observer"])
         self.probe.load_state_dict(state["probe"], own=own)
+        self.rate_meter.load_state_dict(state["rate_meter"])
         saved = state["pending"]
         self._pending = None
         # With ranks nobody knows whether all have theirs: none uses it, and the first decision sees nothing measured.
         if saved is not None and self.late and self.exchange is None:
             values = saved["values"].cpu()
             packed = Packed(values, tuple(saved["present"]), saved["segment"], saved["beta2"], saved["eps"])
-            self._pending = _Pending(Transfer(values), packed, dict(saved["known"]))
+            self._pending = _Pending(Transfer(values), packed, dict(saved["known"]), as_terms(saved["terms"]))
 
     def close(self) -> None:
         """Takes the hooks off and lets go of device and ranks."""

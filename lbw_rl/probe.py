@@ -91,6 +91,16 @@ class Probe:
         return self._sample.size
 
     @property
+    def sampled_groups(self) -> list[tuple[dict[str, Any], int]]:
+        """The sampled parameter groups in order, each with its elements of the sample."""
+        return self._sample.groups
+
+    @property
+    def reference(self) -> Vector | None:
+        """The gradient that was remembered last, on the sample."""
+        return self._gradient
+
+    @property
     def device(self) -> torch.device:
         """Where the sampled parameters are."""
         return self._sample.device

@@ -62,7 +62,9 @@ class Recorder:
             self.counts["skips"] += 1
         elif action.directive is Directive.ROLLBACK:
             self.counts["rollbacks"] += 1
-        if action.directive is not Directive.PROCEED or action.lr_scale != 1.0 or action.momentum_scale != 1.0:
+        self.counts["hand_overs"] += action.hand_over
+        scaled = action.lr_scale != 1.0 or action.momentum_scale != 1.0
+        if action.directive is not Directive.PROCEED or scaled or action.hand_over:
             self.counts["interventions"] += 1
 
     def write(
@@ -117,7 +119,7 @@ class Recorder:
         seen = [values[name] for name in _REPEATABLE] + list(telemetry.group_grad_entropy)
         done = (executed.lr_scale, executed.momentum_scale, *executed.group_lr_scales, float(step))
         packed = struct.pack(f"<{len(seen) + len(done)}d", *seen, *done)
-        words = f"{self.digest} {executed.directive} {ruled.regime}".encode()
+        words = f"{self.digest} {executed.directive} {executed.hand_over} {ruled.regime}".encode()
         self.digest = hashlib.blake2b(packed + words, digest_size=6).hexdigest()
 
     def flush(self, step: int) -> None:
@@ -157,7 +159,7 @@ def _same_run(written: Mapping[str, Any] | None, header: Mapping[str, Any]) -> b
 
 
 def brief(action: Any) -> dict[str, Any] | None:
-    """An action's scales and directive as JSON data; None for what is no `Action`."""
+    """An action's scales, directive and hand-over as JSON data; None for what is no `Action`."""
     if not isinstance(action, Action):
         return None
     groups = {"group_lr_scales": list(action.group_lr_scales)} if action.group_lr_scales else {}
@@ -166,6 +168,7 @@ def brief(action: Any) -> dict[str, Any] | None:
         **groups,
         "momentum_scale": action.momentum_scale,
         "directive": str(action.directive),
+        **({"hand_over": True} if action.hand_over else {}),
     }
 
 
@@ -176,4 +179,5 @@ def unbrief(record: Mapping[str, Any]) -> Action:
         group_lr_scales=tuple(record.get("group_lr_scales", ())),
         momentum_scale=record["momentum_scale"],
         directive=Directive(record["directive"]),
+        hand_over=record.get("hand_over", False),
     )

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lbw_rl.action import Directive
 from lbw_rl.authority import Authority
 from lbw_rl.controller import Context, Controller
 from lbw_rl.enforcer import Enforcer
 from lbw_rl.ledger import LEDGER_SCHEMA, read_ledger
+from lbw_rl.sgd_rate import SgdRate
 from lbw_rl.signals import Telemetry
 
 
@@ -27,11 +29,11 @@ class Replay:
     Attributes:
         recorded_controller: who governed the recorded run.
         decisions: decisions replayed.
-        differing: decisions whose learning-rate scale differs by more than 5 % or whose directive differs.
+        differing: decisions whose learning-rate scale differs by more than 5 % or whose directive or hand-over differs.
         regimes: the replayed controller's regime → decisions.
         faults: decisions in which it raised or answered nonsense.
         passages: where they differ, as stretches of consecutive decisions in one regime with one directive: `first` and
-            `last` step, `regime`, `directive`, and the mean (geometric) of the `recorded` and the `replayed` scale.
+            `last` step, `regime`, `directive`, `hand_over` (to SGD), and the mean (geometric) of the `recorded` and the `replayed` scale.
         steps: one record per decision: step, recorded and replayed scale, directives and regime.
     """
 
@@ -64,7 +66,7 @@ def replay(ledger: str | Path, controller: Controller) -> Replay:
         raise ValueError(f"ledger: schema is {header.get('schema')!r}; this version reads {LEDGER_SCHEMA}")
     context = _context(header, ledger)
     controller.reset(context)
-    enforcer = Enforcer(context.authority)
+    enforcer, sgd_rate = Enforcer(context.authority), SgdRate()
     steps = []
     for record in records:
         if record["type"] == "header":  # of another controller, or of the same one in another context
@@ -77,12 +79,16 @@ def replay(ledger: str | Path, controller: Controller) -> Replay:
             proposed = controller.act(telemetry)
         except Exception as e:  # as the governor would: a broken controller is a finding, not a crash
             fault = f"{type(e).__name__}: {e}"
-        ruling = enforcer.rule(proposed, fault)
+        sgd_rate.update(telemetry)
+        ruling = enforcer.rule(proposed, fault, no_hand_over=sgd_rate.unknown)
+        if step["recorded_directive"] != Directive.PROCEED or record.get("withheld_on_device"):
+            sgd_rate.withheld()
         steps.append(
             {
                 **step,
                 "replayed_lr_scale": ruling.action.lr_scale,
                 "replayed_directive": str(ruling.action.directive),
+                "replayed_hand_over": ruling.action.hand_over,
                 "regime": ruling.action.regime,
                 "reasons": list(ruling.reasons),
             }
@@ -125,6 +131,7 @@ def _recorded(record: dict[str, Any], ledger: str | Path) -> tuple[Telemetry, di
             "step": int(record["step"]),
             "recorded_lr_scale": scale,
             "recorded_directive": str(executed["directive"]),
+            "recorded_hand_over": bool(executed.get("hand_over", False)),
         }
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(
@@ -139,8 +146,8 @@ def _brief(error: Exception) -> str:
 def _passages(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Stretches of consecutive differing decisions of one kind."""
     passages = []
-    kind = lambda s: (_differs(s), s["regime"], s["replayed_directive"])  # noqa: E731
-    for (differs, regime, directive), group in itertools.groupby(steps, kind):
+    kind = lambda s: (_differs(s), s["regime"], s["replayed_directive"], s["replayed_hand_over"])  # noqa: E731
+    for (differs, regime, directive, hand_over), group in itertools.groupby(steps, kind):
         stretch = list(group)
         if differs:
             passages.append(
@@ -149,6 +156,7 @@ def _passages(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "last": stretch[-1]["step"],
                     "regime": regime,
                     "directive": directive,
+                    "hand_over": hand_over,
                     "recorded": statistics.geometric_mean(s["recorded_lr_scale"] for s in stretch),
                     "replayed": statistics.geometric_mean(s["replayed_lr_scale"] for s in stretch),
                 }
@@ -158,4 +166,6 @@ def _passages(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _differs(step: dict[str, Any]) -> bool:
     ratio = math.log(step["replayed_lr_scale"] / step["recorded_lr_scale"])
-    return abs(ratio) > 0.05 or step["recorded_directive"] != step["replayed_directive"]
+    return abs(ratio) > 0.05 or any(
+        step[f"recorded_{what}"] != step[f"replayed_{what}"] for what in ("directive", "hand_over")
+    )

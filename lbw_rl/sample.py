@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -63,6 +64,11 @@ class Sample:
             part = _part(p, group, _stride(p, size, total), self.size, answers)
             self.parts.append(part)
             self.size += part.count
+        self.groups: list[tuple[dict[str, Any], int]] = [
+            (members[0].group, sum(part.count for part in members))
+            for members in (list(run) for _, run in groupby(self.parts, key=lambda part: id(part.group)))
+        ]
+        """The sampled parameter groups in order, each with its number of elements."""
         self._local = sum(part.local_count for part in self.parts)
         self.whole = self._local == self.size
         """Whether this process contributes every element."""

@@ -113,6 +113,13 @@ class Telemetry:
         "RMS of g²/max(v, ε²) on a fixed sample, v the bias-corrected second moment that this step is about to use (RMS_t of Wortsman et al. 2304.13013); NaN without v",
     )
     weight_rms: float = _signal("1", 0, INF, "optimizer", "root mean square of the sampled weights")
+    sgd_rate: float = _signal(
+        "1",
+        -INF,
+        INF,
+        "optimizer",
+        "‖p‖²/−(p·ηg) on a fixed sample, p the last step of Adam or AdamW (decoupled decay left out), g its own gradient, η its executed rate: SGD's rate in units of η by SWATS (Keskar & Socher 1712.07628); NaN where p and g are not of one step, and for a step handed over to SGD",
+    )
     loss_scale: float = _signal(
         "1",
         0,

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import lbw_rl.sgd_rate
 from lbw_rl import Action, Authority, Controller, Directive, Governor
 
 STEPS = 24
@@ -33,6 +35,16 @@ class Acts(Controller):
     def act(self, telemetry):
         directive = Directive.ROLLBACK if telemetry.step == 12 else Directive.PROCEED
         return Action(lr_scale=min(2.0, 4.0 / max(telemetry.loss, 1.0)), directive=directive)
+
+
+class HandsOver(Acts):
+    """Two phases of SGD, with a rollback in the first one that leads back to before it."""
+
+    name = "hands-over"
+
+    def act(self, telemetry):
+        directive = Directive.ROLLBACK if telemetry.step == 13 else Directive.PROCEED
+        return Action(hand_over=telemetry.step in {*range(11, 15), *range(17, 22)}, directive=directive)
 
 
 def build(kind, world):
@@ -84,9 +96,12 @@ def assemble(kind, scenario, out, rank, world):
         options["total_steps"] = STEPS + rank
     if scenario == "dead-rank":
         options["collective_timeout"] = 5.0
+    if scenario == "hand-over":
+        lbw_rl.sgd_rate.HALF_LIFE, lbw_rl.sgd_rate.TOLERANCE = 5.0, 2.0  # a short run has no long averages
+        options["authority"] = Authority(hand_over=True, max_rollbacks=2, snapshot_every=5)
     if scenario == "kill-switch":
         options |= {"control": out / "control", "kill_signal": signal.SIGUSR1}
-    controller = {"rollback": Acts(), "idle": "constant"}.get(scenario, "lbw-guard")
+    controller = {"rollback": Acts(), "idle": "constant", "hand-over": HandsOver()}.get(scenario, "lbw-guard")
     governor = None if scenario == "ungoverned" else Governor(optimizer, controller, **options)
     return model, optimizer, scheduler, governor
 
@@ -151,6 +166,7 @@ def train(kind, scenario, out, rank, world):
             for part, state in zip(parts, states, strict=True):
                 part.load_state_dict(state)
     weights = [full(p.detach()) for p in model.parameters()]
+    events["bits"] = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights)).hexdigest()
     events["finite"] = all(bool(w.isfinite().all()) for w in weights)
     if governor is not None:
         governor.close()

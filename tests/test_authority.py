@@ -25,6 +25,7 @@ AUTHORITIES = st.builds(
     max_rollbacks=st.integers(0, 3),
     rollback_cooldown=st.integers(0, 10),
     suspend_after=st.integers(1, 20),
+    hand_over=st.booleans(),
 )
 HOSTILE_SCALES = st.one_of(
     st.floats(),
@@ -39,11 +40,16 @@ HOSTILE_ACTIONS = st.builds(
     lr_scale=HOSTILE_SCALES,
     momentum_scale=HOSTILE_SCALES,
     directive=st.sampled_from([*Directive, *Directive, "skip", None]),
+    hand_over=st.sampled_from([False, True, True, 1, "yes", None]),
     regime=st.sampled_from(["steady", "steady", None, ["unhashable"]]),
     evidence=st.sampled_from([{}, {}, None, 3.0]),
 )
 SANE_ACTIONS = st.builds(
-    Action, lr_scale=st.floats(0, 1e6), momentum_scale=st.floats(0, 1e6), directive=st.sampled_from(list(Directive))
+    Action,
+    lr_scale=st.floats(0, 1e6),
+    momentum_scale=st.floats(0, 1e6),
+    directive=st.sampled_from(list(Directive)),
+    hand_over=st.booleans(),
 )
 PROPOSALS = st.one_of(SANE_ACTIONS, HOSTILE_ACTIONS, st.sampled_from([None, 1.0, "faster", {"lr_scale": 2}]))
 
@@ -118,6 +124,7 @@ def test_nothing_that_a_controller_says_or_raises_leaves_the_authority(authority
         assert type(action.lr_scale) is type(action.momentum_scale) is float
         assert within(authority.lr_scale, action.lr_scale)
         assert within(authority.momentum_scale, action.momentum_scale)
+        assert action.hand_over is False or (authority.hand_over and action.directive is Directive.PROCEED)
         assert action.lr_scale <= max(last, authority.lr_scale[0]) * authority.slew_up
         last = action.lr_scale
         if action.directive is Directive.SKIP:

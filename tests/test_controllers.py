@@ -32,7 +32,9 @@ CASES = {
     "entropic": EntroPIC,
     "entropic-pi": lambda: EntroPIC(law="pi", estimator="histogram"),
     "entropic-threshold": lambda: EntroPIC(law="threshold", estimator="softmax", target=0.5),
-    "entropic-all": lambda: EntroPIC(target="auto", band=(0.8, 1.2), pause=2, cooldown=4, micro=True, smoothing=1),
+    "entropic-all": lambda: EntroPIC(
+        target="auto", band=(0.8, 1.2), pause=2, cooldown=4, micro=True, smoothing=1, hand_over_below=0.95, patience=2
+    ),
     "lbw-guard": LBWGuard,
     "random": RandomActions,
 }

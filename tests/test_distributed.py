@@ -16,14 +16,14 @@ pytestmark = pytest.mark.slow
 
 
 RUNS = {
-    ("single", 1): ["plain", "accumulated"],
+    ("single", 1): ["plain", "accumulated", "hand-over"],
     ("ddp", 2): [
         *("plain", "nan-loss", "rollback", "resumed", "ungoverned", "idle", "accumulated"),
-        *("disagreement", "kill-switch", "slow-rank", "late", "late-nan-loss", "between"),
+        *("disagreement", "kill-switch", "slow-rank", "late", "late-nan-loss", "between", "hand-over"),
     ],
     ("ddp", 4): ["plain"],
     ("fsdp", 2): ["plain", "nan-loss", "rollback", "resumed", "ungoverned", "idle"],
-    ("fsdp-llama", 2): ["plain", "accumulated"],
+    ("fsdp-llama", 2): ["plain", "accumulated", "hand-over"],
     ("fsdp", 4): ["plain", "nan-loss"],
     ("hsdp", 4): ["plain"],
 }
@@ -98,6 +98,24 @@ def test_ranks_together_see_and_decide_what_one_process_over_the_joined_batch_do
         torch.load(f / "weights.pt", weights_only=True)
         for f in (finished("single", scenario), finished(kind, scenario, ranks))
     ]
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp-llama"])
+def test_ranks_hand_over_to_sgd_together_and_hold_the_same_weights(finished, kind):
+    """Six steps of AdamW, SGD, a rollback to before it, AdamW, SGD, AdamW; as one process over the joined batch."""
+    one, many = finished("single", "hand-over"), finished(kind, "hand-over", 2)
+    assert events(many, 0)["bits"] == events(many, 1)["bits"]
+    assert [d["digest"] for d in decisions(many, 0)] == [d["digest"] for d in decisions(many, 1)]
+    for folder in (one, many):
+        handed_over = [d["step"] for d in decisions(folder) if d["executed"].get("hand_over")]
+        assert handed_over == [11, 12, 14, *range(17, 22)]
+        assert events(folder)["summary"]["faults"] == {}
+        assert events(folder)["summary"]["rollbacks"] == 1
+    rates = [[d["sgd_rate"] for d in decisions(folder) if "sgd_rate" in d] for folder in (one, many)]
+    assert rates[1] == pytest.approx(rates[0], rel=2e-2)
+    weights = [torch.load(folder / "weights.pt", weights_only=True) for folder in (one, many)]
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
 

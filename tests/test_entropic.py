@@ -225,6 +225,24 @@ def test_micro_level_without_measured_groups_leaves_their_proportions_alone():
     assert EntroPIC().group_entropy is None
 
 
+# ---- the macro level
+
+
+def test_a_lasting_low_entropy_hands_the_run_over_to_sgd_for_good():
+    controller = EntroPIC(law="threshold", target=0.5, smoothing=1, hand_over_below=0.95, patience=4)
+    asked = [a.hand_over for a in entropies(controller, [0.6] * 5 + [0.4] * 3 + [0.6] + [0.4] * 4 + [0.9] * 5)]
+    assert asked == [False] * 12 + [True] * 6  # three low ones in a row are a whim
+    assert not any(a.hand_over for a in entropies(EntroPIC(law="threshold", target=0.5), [0.1] * 50))
+
+
+def test_the_authority_has_to_permit_the_hand_over():
+    controller = EntroPIC(law="threshold", target=0.5, hand_over_below=0.9, patience=1)
+    (action,) = entropies(controller, [0.1])
+    denied, permitted = (Enforcer(Authority(hand_over=p)).rule(action) for p in (False, True))
+    assert (denied.action.hand_over, permitted.action.hand_over) == (False, True)
+    assert "hand-over denied: the authority does not permit it" in denied.reasons
+
+
 # ---- safe mode
 
 

@@ -671,6 +671,7 @@ def test_summary_has_its_keys_and_counts(make_mlp):
         "interventions": 2,
         "skips": 1,
         "rollbacks": 0,
+        "hand_overs": 0,
         "suspended": False,
         "faults": {},
         "regimes": {"steady": 2, "holding-back": 1, "burst": 1},

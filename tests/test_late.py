@@ -89,7 +89,10 @@ def test_no_decision_reads_a_tensor_but_those_of_the_decision_before(make_mlp, m
     model = make_mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-2), fused=True)
     governor = Governor(optimizer, "lbw-guard", total_steps=12, late=True, decide_every=2, model=model)
-    monkeypatch.setattr("lbw_rl.governor._scheduled_lr", lambda o: math.nan)  # on a device the rate comes with the rest
+    for module in ("governor", "sgd_rate"):
+        monkeypatch.setattr(
+            f"lbw_rl.{module}.rate_on_host", lambda group: math.nan
+        )  # on a device the rate comes with the rest
     allowed, age = [False], {}
 
     def guarded(name, original):

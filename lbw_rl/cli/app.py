@@ -238,7 +238,8 @@ def replay(
     table = Table("steps", "regime", "directive", "recorded scale", "its scale", title=title)
     for p in shown:
         steps = str(p["first"]) if p["first"] == p["last"] else f"{p['first']}–{p['last']}"
-        table.add_row(steps, p["regime"], p["directive"], f"{p['recorded']:.4g}", f"{p['replayed']:.4g}")
+        directive = "proceed as SGD" if p["hand_over"] else p["directive"]
+        table.add_row(steps, p["regime"], directive, f"{p['recorded']:.4g}", f"{p['replayed']:.4g}")
     out.print(table)
 
 
