@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 import lbw_rl.sgd_rate
 from lbw_rl import Action, Authority, Controller, Directive, Governor
+from lbw_rl.controllers.entropic import EntroPIC
 
 STEPS = 24
 BATCH = 4  # sequences in all, whatever the number of ranks
@@ -80,7 +81,8 @@ def full(tensor):
 def assemble(kind, scenario, out, rank, world):
     """Model, optimizer, scheduler and governor, as a training script builds them."""
     model = build(kind, world)  # "alone-under-gloo": replicas that nothing but governance joins
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    # Weights that stay where they are, so that entropies are of the same gradients at every step.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0 if scenario == "entropy" else 2e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     options = {
         "authority": Authority(lr_scale=(1e-3, 100.0), slew_up=3.0, max_rollbacks=2, snapshot_every=5),
@@ -88,7 +90,7 @@ def assemble(kind, scenario, out, rank, world):
         "ledger": out / "ledger.jsonl",
         "model": model,
         "stateful": {"scheduler": scheduler},
-        "measure_device": scenario == "slow-rank",
+        "measure_device": scenario in ("slow-rank", "entropy"),
         "late": scenario.startswith("late"),
         "decide_every": 5 if scenario == "between" else 1,
     }
@@ -101,7 +103,8 @@ def assemble(kind, scenario, out, rank, world):
         options["authority"] = Authority(hand_over=True, max_rollbacks=2, snapshot_every=5)
     if scenario == "kill-switch":
         options |= {"control": out / "control", "kill_signal": signal.SIGUSR1}
-    controller = {"rollback": Acts(), "idle": "constant", "hand-over": HandsOver()}.get(scenario, "lbw-guard")
+    own = {"rollback": Acts(), "idle": "constant", "hand-over": HandsOver(), "entropy": EntroPIC(micro=True)}
+    controller = own.get(scenario, "lbw-guard")
     governor = None if scenario == "ungoverned" else Governor(optimizer, controller, **options)
     return model, optimizer, scheduler, governor
 

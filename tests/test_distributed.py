@@ -10,20 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from lbw_rl.entropy import ESTIMATORS
+
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 pytestmark = pytest.mark.slow
 
 
 RUNS = {
-    ("single", 1): ["plain", "accumulated", "hand-over"],
+    ("single", 1): ["plain", "accumulated", "hand-over", "entropy"],
     ("ddp", 2): [
         *("plain", "nan-loss", "rollback", "resumed", "ungoverned", "idle", "accumulated"),
         *("disagreement", "kill-switch", "slow-rank", "late", "late-nan-loss", "between", "hand-over"),
+        "entropy",
     ],
-    ("ddp", 4): ["plain"],
+    ("ddp", 4): ["plain", "entropy"],
     ("fsdp", 2): ["plain", "nan-loss", "rollback", "resumed", "ungoverned", "idle"],
-    ("fsdp-llama", 2): ["plain", "accumulated", "hand-over"],
+    ("fsdp-llama", 2): ["plain", "accumulated", "hand-over", "entropy"],
     ("fsdp", 4): ["plain", "nan-loss"],
     ("hsdp", 4): ["plain"],
 }
@@ -100,6 +103,21 @@ def test_ranks_together_see_and_decide_what_one_process_over_the_joined_batch_do
     ]
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("ddp", 2), ("ddp", 4), ("fsdp-llama", 2)])
+def test_the_entropy_of_the_ranks_is_that_of_one_process_over_the_joined_batch(finished, kind, ranks):
+    one, many = decisions(finished("single", "entropy")), decisions(finished(kind, "entropy", ranks))
+    for a, b in zip(one, many, strict=True):
+        for name, (signal, _) in ESTIMATORS.items():
+            expected, measured = a["telemetry"][signal], b["telemetry"][signal]
+            # The histogram jumps by about 1e-4 where rounding takes an element over the edge of a bin.
+            assert measured == pytest.approx(expected, abs=1e-3 if name == "histogram" else 1e-6), (name, a["step"])
+        assert b["telemetry"]["group_grad_entropy"] == pytest.approx(a["telemetry"]["group_grad_entropy"], abs=1e-6)
+        assert b["telemetry"]["collective_seconds"] > 0
+    direction = [d["telemetry"]["grad_entropy_direction"] for d in many]
+    assert direction[0] is None
+    assert None not in direction[1:]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp-llama"])

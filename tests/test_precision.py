@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lbw_rl import Action, Authority, Controller, Directive, Governor
+from lbw_rl.entropy import ESTIMATORS
 
 WIDE = Authority(lr_scale=(1e-3, 100.0), momentum_scale=(0.5, 2.0), slew_up=1e6)
 RATE = 0.01
@@ -269,11 +270,15 @@ def test_a_fused_optimizer_and_a_plain_one_yield_the_same_signals(clip):
         controller = Scripted()
         ScaledRun(fused, controller, clip=clip, overflows=()).advance()
         signals[fused] = [
-            [t.grad_norm, t.surprise, t.update_ratio, t.grad_cosine, t.grad_entropy, t.weight_rms]
+            [
+                *(t.grad_norm, t.surprise, t.update_ratio, t.grad_cosine, t.weight_rms),
+                *(getattr(t, signal) for signal, _ in ESTIMATORS.values()),
+            ]
             for t in controller.seen[1:]
         ]
     for plain, fused in zip(signals[False], signals[True], strict=True):
         assert fused == pytest.approx(plain, rel=2e-3)
+    assert min(s[6] for s in signals[True]) > 0.999  # softmax: gradients left scaled would read as another run
 
 
 @FUSED

@@ -177,6 +177,25 @@ def test_a_model_that_is_broken_before_training_is_refused(recipe, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_entropy_control_of_each_tensor_in_a_real_run(recipe, tmp_path):
+    """One group per tensor; those 20 % under their own target get 15 % more, and the norms' gains keep theirs."""
+    micro = ["controller.name=entropic", "controller.options.micro=true", "controller.options.target=0.9"]
+    summary = run(recipe(*micro, "optimizer.per_tensor=true", "train.steps=12"), tmp_path / "out")
+    assert summary["governor"]["faults"] == {}
+    ledger = [json.loads(line) for line in (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()]
+    groups = ledger[0]["context"]["groups"]
+    seen = set()
+    for record in ledger[1:]:
+        entropies, scales = record["telemetry"]["group_grad_entropy"], record["executed"]["group_lr_scales"]
+        assert len(entropies) == len(scales) == len(groups) > 10
+        for name, entropy, scale in zip(groups, entropies, scales, strict=True):
+            assert scale == pytest.approx(1.15) or scale == 1.0
+            seen.add((entropy is None, "norm" in name or "bias" in name, scale > 1.0))
+    assert (False, False, True) in seen  # a matrix that was helped
+    assert (False, False, False) in seen  # and one that was not
+    assert not [s for s in seen if s[0] != s[1]]  # measured are the matrices, and they alone
+
+
 # ---- resuming
 
 LONG = ["train.steps=20", "train.checkpoint_every=5", "train.lr_multiplier=30", "optimizer.grad_clip=1.0"]
@@ -243,8 +262,17 @@ for attempt in (
 """
 
 
-def test_a_run_killed_at_any_point_equals_the_uninterrupted_one(recipe, tmp_path):
-    chosen = recipe("controller.name=lbw-guard", *LONG)
+ENTROPIC = [
+    *("controller.name=entropic", "controller.options.target=auto", "controller.options.warmup=4"),
+    *("controller.options.half_life=10", "controller.options.recalibrate=6", "controller.options.band=[0.8, 1.2]"),
+    *("controller.options.micro=true", "optimizer.per_tensor=true", "authority.max_rollbacks=2"),
+]
+"""All that EntroPIC can remember: record, targets of the whole and of each tensor, integral, safe mode, snapshots."""
+
+
+@pytest.mark.parametrize("governor", [["controller.name=lbw-guard"], ENTROPIC], ids=["lbw-guard", "entropic"])
+def test_a_run_killed_at_any_point_equals_the_uninterrupted_one(recipe, tmp_path, governor):
+    chosen = recipe(*governor, *LONG)
     script = [sys.executable, "-c", KILLED, json.dumps(chosen.model_dump(mode="json")), str(tmp_path / "killed")]
     killed = subprocess.run(script, capture_output=True, text=True, check=False)
     assert [line.split()[1:] for line in killed.stdout.splitlines()] == [["killed", "False"]] * 4, killed.stderr
