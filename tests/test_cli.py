@@ -326,7 +326,7 @@ def test_bad_input_is_told_in_one_line(case, place, lbw, in_process, monkeypatch
     line = lbw(*(argument.format(place) for argument in arguments)).refusal()
     for part in parts:
         assert part in line, line
-    assert len(line) < 600
+    assert len(line) < 800
     assert not (place / "out").exists() or not any((place / "out").iterdir())  # the corrected command can use it
     assert [p.name for p in (place / "used").iterdir()] == ["notes.txt"]
 
