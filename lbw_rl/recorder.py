@@ -129,10 +129,13 @@ class Recorder:
         except OSError as e:
             self.fault("ledger", e, step)
 
+    def totals(self) -> dict[str, dict[str, int]]:
+        """A copy of the counters: `counts`, `regimes` and `faults`."""
+        return {"counts": dict(self.counts), "regimes": dict(self.regimes), "faults": dict(self.faults)}
+
     def state_dict(self) -> dict[str, Any]:
         """The counters, as JSON data."""
-        counters = {"counts": dict(self.counts), "regimes": dict(self.regimes), "faults": dict(self.faults)}
-        return {**counters, "digest": self.digest}
+        return {**self.totals(), "digest": self.digest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`."""
