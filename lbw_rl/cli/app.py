@@ -99,11 +99,12 @@ def run(
     ] = False,
     metrics_port: Annotated[
         int | None,
-        typer.Option(help="Serve metrics for Prometheus on this TCP port; default: none.", min=1, max=65535),
+        typer.Option(help="Serve metrics for Prometheus on this TCP port, 1 to 65535; default: on none."),
     ] = None,
     metrics_address: Annotated[
-        str, typer.Option(help="Address that --metrics-port is opened on; the default is this machine alone.")
-    ] = "127.0.0.1",
+        str | None,
+        typer.Option(help="Address that --metrics-port is opened on; default: 127.0.0.1, for this machine alone."),
+    ] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write TensorBoard event files to OUT/tensorboard.")
     ] = False,
@@ -129,9 +130,13 @@ def run(
     folder = out_dir or Path("runs") / f"{chosen.name}-{Path(chosen.controller.name).name}"
     sinks: list[Sink] = []
     if metrics_port is not None:
+        if not 1 <= metrics_port <= 65535:
+            raise ValueError(f"metrics-port: {metrics_port} is no TCP port; accepted: 1 to 65535")
         from lbw_rl.sinks.prometheus import PrometheusExporter
 
-        sinks.append(PrometheusExporter(metrics_port, metrics_address))
+        sinks.append(PrometheusExporter(metrics_port, metrics_address or "127.0.0.1"))
+    elif metrics_address is not None:
+        raise ValueError(f"metrics-address: {metrics_address} opens no port; accepted: together with --metrics-port")
     if tensorboard:
         from lbw_rl.sinks.tensorboard import TensorBoardSink
 
