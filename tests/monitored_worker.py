@@ -61,7 +61,7 @@ def main(rank: int, ranks: int, folder: Path) -> None:
         time.sleep(0.02)  # two cores are shared with Prometheus
         stop.fill_((folder / "stop").exists())
         dist.all_reduce(stop)  # all ranks at the same step
-    print(json.dumps(governor.summary()))
+    print(json.dumps({**governor.summary(), "serves": exporter.port != 0}))
     governor.close()
     dist.destroy_process_group()
 

@@ -112,6 +112,11 @@ def test_every_alert_is_tested_to_fire_and_to_stay_silent():
     assert sorted(fires) == sorted(names) == sorted(silent)
 
 
+def test_the_document_lists_every_alert():
+    told = (Path(__file__).parents[1] / "docs/monitoring.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(LbwRl\w+)` \|", told, re.MULTILINE) == [name for name, _ in alerts()]
+
+
 # ---- what Prometheus says
 
 
@@ -156,7 +161,8 @@ def governed(nvml_stand_in, tmp_path_factory):
         yield int((folder / "port").read_text())
         (folder / "stop").touch()
         assert [process.wait(120) for process in ranks] == [0, 0], said()
-        summary = json.loads((folder / "0.log").read_text().splitlines()[-1])
+        summary, other = (json.loads((folder / f"{rank}.log").read_text().splitlines()[-1]) for rank in range(2))
+        assert (summary.pop("serves"), other["serves"]) == (True, False)  # one rank speaks for all
         assert summary["faults"] == {"controller": 1}
         assert summary["skips"] > 0
         assert not summary["suspended"]
