@@ -4,6 +4,8 @@ import logging
 import math
 import os
 import re
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -367,32 +369,38 @@ def test_one_exporter_for_two_governors_serves_the_first(make_mlp):
 
 
 def test_forked_workers_neither_keep_the_port_nor_end_it(make_mlp):
-    """Data loaders fork: their copies of the listening socket must not outlive it, nor their exit close it."""
+    """Data loaders fork: their copies of the listening socket must not outlive it, nor their closing end it."""
     exporter = PrometheusExporter(0)
-    go, wait = os.pipe()
     loop = Loop(make_mlp(), exporter)
+    closed, has_closed = os.pipe()
     children = []
-    for closes in (True, False):
-        child = os.fork()
-        if child == 0:
-            if closes:
-                exporter.close()
-            os.close(wait)
-            os.read(go, 1)  # until the parent closes its end
-            os._exit(0)
-        children.append(child)
-    loop.step()
-    port = exporter.port
-    assert scrape(exporter)[("lbw_rl_decisions_total",)] == 1
-    loop.governor.close()
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port))
-    again = PrometheusExporter(port)
-    with Loop(make_mlp(), again) as loop:
+    try:
+        for closes in (True, False):
+            child = os.fork()
+            if child == 0:
+                if closes:
+                    exporter.close()
+                os.write(has_closed, b".")
+                signal.pause()
+            children.append(child)
+        until(lambda: select.select([closed], [], [], 0)[0] and os.read(closed, 1), "a worker is ready")
+        until(lambda: select.select([closed], [], [], 0)[0] and os.read(closed, 1), "the other worker is ready")
         loop.step()
-        assert scrape(again)[("lbw_rl_decisions_total",)] == 1
-    os.close(wait)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+        port = exporter.port
+        assert scrape(exporter)[("lbw_rl_decisions_total",)] == 1
+        loop.governor.close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        again = PrometheusExporter(port)
+        with Loop(make_mlp(), again) as loop:
+            loop.step()
+            assert scrape(again)[("lbw_rl_decisions_total",)] == 1
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        os.close(closed)
+        os.close(has_closed)
 
 
 ENDING = """
