@@ -332,16 +332,25 @@ def test_a_client_that_sends_nothing_is_let_go(make_mlp, monkeypatch):
         assert client.recv(1) == b""
 
 
-def test_a_client_that_goes_away_or_sends_garbage_leaves_no_word_on_standard_error(make_mlp, capfd):
+def test_a_client_that_goes_away_or_sends_garbage_is_not_worth_a_word(make_mlp, capfd, caplog):
     exporter = PrometheusExporter(0)
+    caplog.set_level(logging.DEBUG, "lbw_rl")
     with Loop(make_mlp(), exporter) as loop:
         loop.step()
-        for sent in (b"", b"GET /metrics HTTP/1.1\r\n\r\n", b"\x00\xff\r\n\r\n", b"POST / HTTP/1.1\r\n\r\n"):
+        for sent in (
+            b"",
+            b"GET /metrics",
+            b"GET /metrics HTTP/1.1\r\n\r\n",
+            b"\x00\xff\r\n\r\n",
+            b"POST / HTTP/1.1\r\n\r\n",
+        ):
             client = socket.create_connection(("127.0.0.1", exporter.port))
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closes with a reset
             client.sendall(sent)
             client.close()
         assert scrape(exporter)
+        told = until(lambda: [r for r in caplog.records if "a scrape failed" in r.getMessage()], "a reset is noticed")
+    assert {record.levelno for record in told} == {logging.DEBUG}
     assert capfd.readouterr().err == ""
 
 
@@ -406,8 +415,9 @@ def test_forked_workers_neither_keep_the_port_nor_end_it(make_mlp):
 ENDING = """
 import sys, socket, torch
 from lbw_rl import Governor
-from lbw_rl.sinks.prometheus import PrometheusExporter
-exporter = PrometheusExporter(0)
+from lbw_rl.sinks import prometheus
+prometheus._CLIENT_SECONDS = 3600.0  # longer than the test would wait
+exporter = prometheus.PrometheusExporter(0)
 model = torch.nn.Linear(4, 4)
 optimizer = torch.optim.AdamW(model.parameters())
 governor = Governor(optimizer, "constant", sinks=[exporter])
