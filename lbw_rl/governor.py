@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from lbw_rl.recorder import Recorder, brief, unbrief
 from lbw_rl.registry import load_controller
 from lbw_rl.sgd_rate import SgdRate, largest_beta1, rate_on_host
 from lbw_rl.signals import NAN, Telemetry
+from lbw_rl.sinks.sink import Decision, GuardedSinks, Sink
 from lbw_rl.snapshot import Snapshot, Stateful
 from lbw_rl.stages import Mode, Switch, check_mode
 from lbw_rl.step_hooks import StepHooks
@@ -74,6 +75,7 @@ class Governor:
             updates are withheld on the device; None: on accelerators only.
         process_group: the ranks that train together; None: the default group, where there is one.
         collective_timeout: seconds after which a silent rank counts as lost.
+        sinks: told of every decision, on the first rank, as long as the governor is not closed; see `lbw_rl.sinks`.
 
     Raises:
         ValueError: an unknown mode or controller, `total_steps` or `decide_every` below 1, an optimizer that another
@@ -105,6 +107,7 @@ class Governor:
         late: bool | None = None,
         process_group: Any = None,
         collective_timeout: float = 600.0,
+        sinks: Sequence[Sink] = (),
     ) -> None:
         check_mode(mode)
         if total_steps is not None and total_steps < 1:
@@ -149,10 +152,14 @@ class Governor:
         self._restorable = self._armed = False
         exchange = exchange_for(process_group, collective_timeout) if mode != "off" else None
         self._rank = exchange.rank if exchange is not None else 0
+        self.ranks = exchange.world if exchange is not None else 1
         self._recorder = Recorder(ledger_of_rank(ledger, self._rank) if mode != "off" else None, self._header())
         self._measurement: Measurement | None = None
         self._switch: Switch | None = None
+        self._sinks = GuardedSinks(self._fault)
         if mode == "off":
+            if sinks:
+                log.warning("mode off measures nothing: %s get nothing", ", ".join(sink.name for sink in sinks))
             return
         if exchange is not None:
             exchange.agree({**self._header(), "collective_timeout": collective_timeout})
@@ -174,6 +181,8 @@ class Governor:
         self._saving = optimizer.register_state_dict_pre_hook(lambda _: self._put_back_after_a_raise())
         if mode != "shadow":
             _GOVERNED.add(optimizer)
+        if self._rank == 0:
+            self._sinks.open(sinks, self)
 
     @property
     def mode(self) -> Mode:
@@ -331,6 +340,8 @@ class Governor:
             extra["sgd_rate"] = self._sgd_rate.value
         reasons = (*ruling.reasons, *(("shadow mode",) if self.mode == "shadow" else ()))
         self._recorder.write(self.step, telemetry, proposed, executed, action, reasons, extra)
+        if self._sinks:
+            self._tell_sinks(proposed, executed, reasons)
         self._last_good.offer(self.step, telemetry, executed, self.mode)
         # A skip is for this step only; the scales hold for the whole window.
         self._held = Action(
@@ -345,6 +356,22 @@ class Governor:
         if not isinstance(proposed, Action) or not proposed.hand_over:
             return None  # nobody asks
         return impossible(self.optimizer) or self._sgd_rate.unknown
+
+    def _tell_sinks(self, proposed: Any, executed: Action, reasons: tuple[str, ...]) -> None:
+        spent = self.authority.max_skips > 0 and not self._enforcer.may_skip()
+        decision = Decision(
+            step=self.step,
+            telemetry=self.last_telemetry,
+            proposed=proposed if isinstance(proposed, Action) else None,
+            ruled=self.last_ruling.action,
+            executed=executed,
+            reasons=reasons,
+            suspended=self._enforcer.suspended,
+            skip_budget_spent=spent,
+            overhead_seconds=self._overhead,
+            **self._recorder.totals(),
+        )
+        self._sinks.decided(decision)
 
     def _between(self) -> Action:
         """The action of a step between two decisions: that of the window, unless this step alone is poisoned."""
@@ -452,7 +479,7 @@ class Governor:
         if mode in ("off", "shadow", "skip"):
             self._held = self.executed = NEUTRAL
         if mode == "off":
-            self.close()
+            self._detach()
 
     def _header(self) -> dict[str, Any]:
         """What a replay has to know about the run, and the ranks have to agree on."""
@@ -545,7 +572,7 @@ class Governor:
             log.warning("governance was let go before the checkpoint at step %d; it stays off", self.step)
             self._enforcer.set_mode("off")
             _GOVERNED.discard(self.optimizer)
-            self.close()
+            self._detach()
         else:
             self._recorder.event("mode", self.step, {"from": state["mode"], "to": self.mode, "by": "resume"})
 
@@ -555,6 +582,10 @@ class Governor:
 
     def close(self) -> None:
         """Lets go of the optimizer and the model; the run continues ungoverned. Safe to call twice."""
+        self._detach()
+        self._sinks.close()
+
+    def _detach(self) -> None:
         self._put_back()
         if self._hooks is not None:
             self._hooks.remove()

@@ -119,7 +119,9 @@ class Recorder:
         seen = [values[name] for name in _REPEATABLE] + list(telemetry.group_grad_entropy)
         done = (executed.lr_scale, executed.momentum_scale, *executed.group_lr_scales, float(step))
         packed = struct.pack(f"<{len(seen) + len(done)}d", *seen, *done)
-        words = f"{self.digest} {executed.directive} {executed.hand_over} {ruled.regime}".encode()
+        words = f"{self.digest} {executed.directive} {executed.hand_over} {ruled.regime}".encode(
+            "utf-8", "surrogatepass"
+        )  # a regime's name is the controller's
         self.digest = hashlib.blake2b(packed + words, digest_size=6).hexdigest()
 
     def flush(self, step: int) -> None:
@@ -131,10 +133,13 @@ class Recorder:
         except OSError as e:
             self.fault("ledger", e, step)
 
+    def totals(self) -> dict[str, dict[str, int]]:
+        """A copy of the counters: `counts`, `regimes` and `faults`."""
+        return {"counts": dict(self.counts), "regimes": dict(self.regimes), "faults": dict(self.faults)}
+
     def state_dict(self) -> dict[str, Any]:
         """The counters, as JSON data."""
-        counters = {"counts": dict(self.counts), "regimes": dict(self.regimes), "faults": dict(self.faults)}
-        return {**counters, "digest": self.digest}
+        return {**self.totals(), "digest": self.digest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`."""

@@ -1,4 +1,8 @@
 import copy
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -168,3 +172,18 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         yield submit
 
     monkeypatch.setattr("lbw_rl.training_runs.compare._executor", executor)
+
+
+@pytest.fixture(scope="session")
+def nvml_stand_in(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Compiler's macro → folder of a stand-in for the NVIDIA driver's library, built with it."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs a C compiler, on Linux")
+    folders = {}
+    for macro in ("CURRENT_DRIVER", "OLD_DRIVER", "NEW_DRIVER"):
+        folders[macro] = tmp_path_factory.mktemp(macro)
+        library = folders[macro] / "libnvidia-ml.so.1"
+        source = Path(__file__).with_name("nvml_stand_in.c")
+        subprocess.run([compiler, "-shared", "-fPIC", f"-D{macro}", "-o", library, source], check=True)
+    return folders

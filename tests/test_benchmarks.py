@@ -295,3 +295,16 @@ def test_the_bytes_held_are_the_governors_own(make_lm, tokens):
         assert overhead.state_bytes(optimizer) == pytest.approx(3 * weights, rel=0.05)
         governor.extra = torch.zeros(1_000_000)
         assert overhead.held_bytes(governor) > 4_000_000
+
+
+# ---- sinks
+
+
+def test_the_sinks_benchmark_measures_each_of_them():
+    pytest.importorskip("prometheus_client")
+    pytest.importorskip("tensorboard")
+    from lbw_rl.training_runs.benchmarks import sinks
+
+    found = sinks.measure(calls=3)
+    assert list(found) == ["exporter, a decision", "event file, a decision", "exporter, a scrape", "bytes"]
+    assert all(value > 0 for value in found.values())

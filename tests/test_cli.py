@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -255,6 +256,16 @@ BAD = {
         ["policy: ", "has no policy.safetensors", "accepted: "],
     ),
     "no policy": ([*RUN, "--controller", "{}/used"], ["policy: ", "has no policy.json", "accepted: "]),
+    "run: metrics port": (
+        [*RUN, "--metrics-port", "65536"],
+        ["metrics-port: 65536 is no TCP port", "accepted: 1 to 65535"],
+    ),
+    "run: metrics port of zero": ([*RUN, "--metrics-port", "0"], ["metrics-port: 0 is no TCP port"]),
+    "run: metrics port of words": ([*RUN, "--metrics-port", "http"], ["--metrics-port", "a valid integer"]),
+    "run: metrics address alone": (
+        [*RUN, "--metrics-address", "0.0.0.0"],
+        ["metrics-address: 0.0.0.0 opens no port", "accepted: together with --metrics-port"],
+    ),
     "compare: controller": (["compare", "mini-qwen2", "--controllers", "pid,nobody"], ["controller: ", CONTROLLERS]),
     "compare: twice": (["compare", "mini-qwen2", "--controllers", "pid,pid"], ["controllers: pid, pid", "each once"]),
     "compare: recipe": (["compare", "nobody"], ["recipe: unknown name 'nobody'"]),
@@ -335,6 +346,35 @@ def test_bad_input_is_told_in_one_line(case, place, lbw, in_process, monkeypatch
 def test_an_absent_device(lbw, tmp_path):
     line = lbw("run", "mini-qwen2", "--set", "train.device=cuda", "--out", tmp_path / "out").refusal()
     assert line == "train.device: 'cuda' is not available here; accepted: 'auto', 'cpu'"
+
+
+def test_metrics_whose_port_is_in_use_cost_a_warning_and_not_the_run(lbw, small, tmp_path, caplog):
+    pytest.importorskip("prometheus_client")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        answer = lbw("run", "mini-qwen2", *small, "--metrics-port", port, "--out", tmp_path / "out", "--json")
+    assert answer.json()["steps"] == 6
+    assert answer.json()["governor"]["faults"] == {"prometheus": 1}
+    assert f"there are no metrics, 127.0.0.1:{port} cannot be listened on: Address already in use" in caplog.text
+
+
+def test_a_run_has_no_metrics_and_no_event_files_unless_asked(lbw, small, tmp_path):
+    pytest.importorskip("tensorboard")
+    assert lbw("run", "mini-qwen2", *small, "--out", tmp_path / "plain").code == 0
+    assert lbw("run", "mini-qwen2", *small, "--tensorboard", "--out", tmp_path / "asked").code == 0
+    names = [{p.name for p in (tmp_path / folder).iterdir()} for folder in ("plain", "asked")]
+    assert names[1] - names[0] == {"tensorboard"}
+    assert len(list((tmp_path / "asked/tensorboard").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "option"), [("prometheus_client", ["--metrics-port", "9464"]), ("tensorboard", ["--tensorboard"])]
+)
+def test_metrics_without_their_packages_are_refused_before_the_run(lbw, tmp_path, monkeypatch, module, option):
+    monkeypatch.setitem(sys.modules, module, None)
+    line = lbw("run", "mini-qwen2", *option, "--out", tmp_path / "out").refusal()
+    assert line == f"{module.replace('_', '-')} is not installed; accepted: pip install 'lbw-rl[metrics]'"
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_bad_input_keeps_its_traceback(lbw, monkeypatch):

@@ -6,7 +6,6 @@ since no healthy machine shows the failures. The binding loads the library once 
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,7 +17,6 @@ import pytest
 from lbw_rl import SIGNALS
 from lbw_rl.device import DeviceSource, visible_devices
 
-HERE = Path(__file__).parent
 UUIDS = [
     "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6",
     "GPU-8932aaaa-0000-4106-c12f-20bd9faed9f6",
@@ -102,29 +100,14 @@ def first(**options):
 """
 
 
-@pytest.fixture(scope="session")
-def stand_in(tmp_path_factory):
-    """Compiler's macro → folder of a driver library built with it."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or not sys.platform.startswith("linux"):
-        pytest.skip("needs a C compiler, on Linux")
-    folders = {}
-    for macro in ("CURRENT_DRIVER", "OLD_DRIVER", "NEW_DRIVER"):
-        folders[macro] = tmp_path_factory.mktemp(macro)
-        library = folders[macro] / "libnvidia-ml.so.1"
-        source = HERE / "nvml_stand_in.c"
-        subprocess.run([compiler, "-shared", "-fPIC", f"-D{macro}", "-o", library, source], check=True)
-    return folders
-
-
 @pytest.fixture
-def scenario(stand_in, tmp_path):
+def scenario(nvml_stand_in, tmp_path):
     """Runs a program in a process whose NVML is the stand-in; what it assigns to `result` comes back."""
 
     def run(body: str, driver: str | Path = "CURRENT_DRIVER", **variables: str):
         (tmp_path / "script").write_text(SCRIPT)
         program = PRELUDE + textwrap.dedent(body) + "\nprint(json.dumps(result))\n"
-        folder = stand_in[driver] if isinstance(driver, str) else driver
+        folder = nvml_stand_in[driver] if isinstance(driver, str) else driver
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("CUDA_")}
         environment = inherited | {
             "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")])),

@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lbw_rl.training_runs.reference import reference
+from lbw_rl.training_runs.reference import metrics_reference, reference
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_signal_reference_is_the_generated_one():
-    """docs/signals.md is what `python -m lbw_rl.training_runs.reference docs/signals.md` writes."""
+def test_the_references_are_the_generated_ones():
+    """docs/signals.md and docs/metrics.md are what `python -m lbw_rl.training_runs.reference docs` writes."""
     assert (ROOT / "docs/signals.md").read_text(encoding="utf-8") == reference()
+    assert (ROOT / "docs/metrics.md").read_text(encoding="utf-8") == metrics_reference()
 
 
 def test_every_local_link_of_the_documents_leads_somewhere():
@@ -156,3 +157,17 @@ def test_every_test_that_the_table_names_exists():
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     assert len(named) >= 28
     assert [name for name in sorted(named) if f"def test_{name}(" not in sources] == []
+
+
+# ---- docs/monitoring.md
+
+
+def test_the_example_of_monitoring_runs(loop_names, tmp_path, monkeypatch):
+    pytest.importorskip("prometheus_client")
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/monitoring.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(block.replace("PrometheusExporter(9464)", "PrometheusExporter(0)"), loop_names)  # the port may be in use here
+    assert loop_names["governor"].summary()["decisions"] == 4
+    assert not loop_names["governor"].summary()["faults"]
+    assert len(list((tmp_path / "run/tensorboard").iterdir())) == 1

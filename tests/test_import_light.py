@@ -7,6 +7,7 @@ import sys
 import pytest
 
 HEAVY = ["gymnasium", "stable_baselines3", "transformers", "datasets", "pandas", "plotly", "matplotlib", "ray", "scipy"]
+HEAVY += ["prometheus_client", "tensorboard"]
 
 
 def loaded_by(program: str, *arguments: str) -> set[str]:

@@ -73,6 +73,9 @@ def test_the_wheel_holds_the_package_and_claims_no_other_name(checkout, wheel):
     data = {f"lbw_rl/{p.relative_to(checkout).as_posix()}" for p in checkout.glob("training_runs/recipes/*.toml")}
     assert data  # recipes
     data |= {f"lbw_rl/{p.relative_to(checkout).as_posix()}" for p in checkout.glob("controllers/pretrained/*/*")}
+    monitoring = [p for p in checkout.glob("training_runs/monitoring/**/*.*") if p.suffix in (".yml", ".json", ".md")]
+    assert len(monitoring) == 8
+    data |= {f"lbw_rl/{p.relative_to(checkout).as_posix()}" for p in monitoring}
     data.add("lbw_rl/py.typed")
     assert inside - sources == data
     assert "lbw-rl = lbw_rl.cli:main" in entry_points

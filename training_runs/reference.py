@@ -1,4 +1,4 @@
-"""Generates `docs/signals.md` from the tables in code: `python -m lbw_rl.training_runs.reference docs/signals.md`."""
+"""Generates `signals.md` and `metrics.md` from the tables in code: `python -m lbw_rl.training_runs.reference docs`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lbw_rl.features import FEATURE_LIMIT, FEATURE_SCHEMA, FEATURES
 from lbw_rl.signals import SIGNALS
+from lbw_rl.sinks.families import FAMILIES
 
 
 def reference() -> str:
@@ -39,6 +40,24 @@ What a learned policy sees: dimensionless, clipped to ±{FEATURE_LIMIT:g}, 0 whe
 """
 
 
+def metrics_reference() -> str:
+    """The exporter's metric families as Markdown."""
+    families = "\n".join(
+        f"| `{f.name}` | {f.kind} | {', '.join(f'`{label}`' for label in f.labels)} | {_cell(f.help)} |"
+        for f in FAMILIES
+    )
+    return f"""# Metrics
+
+Generated from `lbw_rl/sinks/families.py` and `lbw_rl/signals.py`; do not edit. What each is for: [monitoring](monitoring.md).
+
+A metric whose value was not measured, or is not a finite number, is absent from the scrape, never 0.
+
+| metric | type | labels | meaning |
+|---|---|---|---|
+{families}
+"""
+
+
 def _bound(value: float) -> str:
     return ("∞" if value > 0 else "−∞") if math.isinf(value) else f"{value:g}"
 
@@ -48,4 +67,6 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(reference(), encoding="utf-8")
+    folder = Path(sys.argv[1])
+    for name, text in (("signals.md", reference()), ("metrics.md", metrics_reference())):
+        (folder / name).write_text(text, encoding="utf-8")

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lbw_rl.governor import Governor, Mode
 from lbw_rl.last_good import HEALTHY_REGIMES
 from lbw_rl.ledger import truncate_jsonl
 from lbw_rl.registry import load_controller
+from lbw_rl.sinks import Sink
 from lbw_rl.stages import check_mode
 from lbw_rl.training_runs.checkpoints import Checkpoints
 from lbw_rl.training_runs.folders import (
@@ -67,6 +68,7 @@ def run(
     mode: Mode = "govern",
     controller: Controller | None = None,
     kill_signal: int | None = None,
+    sinks: Sequence[Sink] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains a recipe under its controller.
@@ -90,6 +92,7 @@ def run(
         mode: as in `Governor`.
         controller: an object to govern instead of the recipe's, for experiments.
         kill_signal: on this signal the governor lets go for good; the run goes on.
+        sinks: as in `Governor`; open until the summary is written.
         progress: told about every step.
 
     Returns:
@@ -149,19 +152,21 @@ def run(
         stateful={"scheduler": task.scheduler},
         control=folder / CONTROL,
         kill_signal=kill_signal,
+        sinks=sinks,
     )
     if found is not None:
         governor.load_state_dict(found[1]["governor"])
         _tell_of_lost_lines(kept, {METRICS: task.step, LEDGER: governor.summary()["decisions"]}, task.step)
         del found  # as large as the model and its optimizer
-    with governor, JsonLines(folder / METRICS) as metrics:
-        _train(task, governor, record, metrics, checkpoints, progress)
-        metrics.sync()
-        governor.flush()
-    if recipe.train.checkpoint_every:
-        _save_model(task, folder)
-    summary = _summarise(task, governor, record, checkpoints.failures)
-    write_json(folder / SUMMARY, summary)  # last: a folder with a summary is a finished run
+    with governor:
+        with JsonLines(folder / METRICS) as metrics:
+            _train(task, governor, record, metrics, checkpoints, progress)
+            metrics.sync()
+            governor.flush()
+        if recipe.train.checkpoint_every:
+            _save_model(task, folder)
+        summary = _summarise(task, governor, record, checkpoints.failures)
+        write_json(folder / SUMMARY, summary)  # last: a folder with a summary is a finished run
     checkpoints.clear()
     return summary
 

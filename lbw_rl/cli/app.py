@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lbw_rl.cli.console import emit_json, meter, out
+
+if TYPE_CHECKING:
+    from lbw_rl.sinks import Sink
 
 app = typer.Typer(
     help="Learn-by-wire: a bounded governance layer above the optimizer of an LLM training run.",
@@ -94,6 +97,17 @@ def run(
         bool,
         typer.Option("--resume", help="Go on from the newest good checkpoint in --out, else from the beginning."),
     ] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(help="Serve metrics for Prometheus on this TCP port, 1 to 65535; default: on none."),
+    ] = None,
+    metrics_address: Annotated[
+        str | None,
+        typer.Option(help="Address that --metrics-port is opened on; default: 127.0.0.1, for this machine alone."),
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard event files to OUT/tensorboard.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe under a controller.
@@ -114,6 +128,19 @@ def run(
     from lbw_rl.training_runs.run import run as run_recipe  # torch, once the recipe is known to be good
 
     folder = out_dir or Path("runs") / f"{chosen.name}-{Path(chosen.controller.name).name}"
+    sinks: list[Sink] = []
+    if metrics_port is not None:
+        if not 1 <= metrics_port <= 65535:
+            raise ValueError(f"metrics-port: {metrics_port} is no TCP port; accepted: 1 to 65535")
+        from lbw_rl.sinks.prometheus import PrometheusExporter
+
+        sinks.append(PrometheusExporter(metrics_port, metrics_address or "127.0.0.1"))
+    elif metrics_address is not None:
+        raise ValueError(f"metrics-address: {metrics_address} opens no port; accepted: together with --metrics-port")
+    if tensorboard:
+        from lbw_rl.sinks.tensorboard import TensorBoardSink
+
+        sinks.append(TensorBoardSink(folder / "tensorboard"))
     with meter(f"{chosen.name} · {chosen.controller.name}") as m:
         summary = run_recipe(
             chosen,
@@ -121,6 +148,7 @@ def run(
             resume=resume,
             mode=mode,  # type: ignore[arg-type]  # the governor checks it
             kill_signal=getattr(signal, "SIGUSR1", None),  # Windows has none
+            sinks=sinks,
             progress=lambda done, total, loss: m.update(done, total, f"loss {loss:.3f}"),
         )
     if as_json:

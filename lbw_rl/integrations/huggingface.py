@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +25,7 @@ from lbw_rl.governor import Governor, Mode
 from lbw_rl.json_state import from_json, to_json
 from lbw_rl.ledger import ledger_of_rank, truncate_jsonl
 from lbw_rl.registry import load_controller
+from lbw_rl.sinks import Sink
 from lbw_rl.stages import check_mode
 
 log = logging.getLogger("lbw_rl")
@@ -62,13 +63,13 @@ class GovernorCallback(TrainerCallback, ExportableState):
         controller: a name, a `Controller`, or the folder of a frozen policy.
         authority: an `Authority`, or its fields.
         seed: None takes `args.seed`.
-        mode, ledger, decide_every, control, kill_signal, snapshot_bytes, measure_device, late, collective_timeout: as
-            in `Governor`.
+        mode, ledger, decide_every, control, kill_signal, snapshot_bytes, measure_device, late, collective_timeout, sinks:
+            as in `Governor`.
 
     Raises:
         ValueError: an unknown controller, mode or field of the authority; when training begins, what `Governor`
             refuses, DeepSpeed and FSDP1; when a Trainer is made with `restore_callback_states_from_checkpoint`, which
-            builds callbacks anew, a controller object with options of its own.
+            builds callbacks anew, sinks or a controller object with options of its own.
 
     Attributes:
         governor: the attached `Governor`; None before training begins.
@@ -89,6 +90,7 @@ class GovernorCallback(TrainerCallback, ExportableState):
         measure_device: bool = True,
         late: bool | None = None,
         collective_timeout: float = 600.0,
+        sinks: Sequence[Sink] = (),
     ) -> None:
         self.controller = load_controller(controller)
         self._name = _rebuildable_name(controller)
@@ -97,15 +99,22 @@ class GovernorCallback(TrainerCallback, ExportableState):
         self._options |= {"decide_every": decide_every, "control": control, "kill_signal": kill_signal, "late": late}
         self._options |= {"snapshot_bytes": snapshot_bytes, "measure_device": measure_device}
         self._options["collective_timeout"] = collective_timeout
+        self._sinks = tuple(sinks)
         self.governor: Governor | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuses what could not be restored later."""
-        if getattr(args, "restore_callback_states_from_checkpoint", False) and self._name is None:
+        if not getattr(args, "restore_callback_states_from_checkpoint", False):
+            return
+        builds = "restore_callback_states_from_checkpoint builds callbacks from JSON and cannot build"
+        if self._name is None:
             raise ValueError(
-                "controller: restore_callback_states_from_checkpoint builds callbacks from JSON and cannot build this "
-                f"{type(self.controller).__name__}; accepted: a name or a folder, or that setting off"
+                f"controller: {builds} this {type(self.controller).__name__}; accepted: a name or a folder, or that "
+                "setting off"
             )
+        if self._sinks:
+            names = ", ".join(sink.name for sink in self._sinks)
+            raise ValueError(f"sinks: {builds} {names}; accepted: no sinks, or that setting off")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -125,6 +134,7 @@ class GovernorCallback(TrainerCallback, ExportableState):
             total_steps=state.max_steps or None,
             stateful={name: part for name, part in stateful.items() if part is not None},
             device_index=args.device.index if args.device.type == "cuda" else None,
+            sinks=self._sinks,
             **self._options | {"seed": args.seed if self._options["seed"] is None else self._options["seed"]},
         )
         states: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]

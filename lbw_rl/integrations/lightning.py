@@ -7,7 +7,7 @@ import importlib
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from lbw_rl.controller import Controller
 from lbw_rl.governor import Governor
 from lbw_rl.ledger import ledger_of_rank, truncate_jsonl
 from lbw_rl.registry import load_controller
+from lbw_rl.sinks import Sink
 from lbw_rl.snapshot import Stateful
 from lbw_rl.stages import Mode, check_mode
 
@@ -72,7 +73,7 @@ class GovernorCallback(Callback):
         stateful: name → what a rollback puts back besides weights, buffers, optimizer, scheduler and scaler.
         device_index: which GPU NVML reads; None: the one that Lightning trains on.
         authority, mode, ledger, decide_every, seed, snapshot_bytes, control, kill_signal, measure_device, late,
-        process_group, collective_timeout: as in `Governor`.
+        process_group, collective_timeout, sinks: as in `Governor`.
 
     Raises:
         ValueError: an unknown controller or mode; from `Trainer.fit`: several optimizers, or one that is no
@@ -101,6 +102,7 @@ class GovernorCallback(Callback):
         late: bool | None = None,
         process_group: Any = None,
         collective_timeout: float = 600.0,
+        sinks: Sequence[Sink] = (),
     ) -> None:
         super().__init__()
         self.controller = load_controller(controller)
@@ -118,6 +120,7 @@ class GovernorCallback(Callback):
             "late": late,
             "process_group": process_group,
             "collective_timeout": collective_timeout,
+            "sinks": tuple(sinks),
         }
         self.governor: Governor | None = None
         self._attached = False

@@ -1,0 +1,1 @@
+"""Prometheus and Grafana for governed runs: configuration, alert rules, and the dashboard, generated from the metrics."""
