@@ -233,6 +233,7 @@ FAMILIES: tuple[Family, ...] = (
     _count("interventions", "decisions whose action was not neutral"),
     _count("skips", "updates that were withheld"),
     _count("rollbacks", "returns to the last good state"),
+    _count("hand_overs", "decisions that were executed as SGD with momentum"),
     _counter(
         "overruled_decisions_total",
         "decisions whose executed action is not the proposed one, since the process began",

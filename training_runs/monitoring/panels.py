@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lbw_rl.entropy import ESTIMATORS
 from lbw_rl.signals import SIGNALS, Signal
 from lbw_rl.sinks.families import metric_name
 
@@ -173,10 +174,17 @@ _ENTROPY = (
         dashed=("target.*", "band.*"),
     ),
     Panel(
-        "Output of the law",
-        "The controller's other evidence: for EntroPIC's pi law α, which is ln(lr_scale) over its gain.",
-        (Query(of_run("evidence", 'name!~"entropy|target"'), "{{name}} {{instance}}"),),
+        "Entropy by estimator",
+        "Every estimator of the gradient's entropy, whoever governs. Low element entropy with a direction entropy near 1: the "
+        "rate is too high. Low ones of both: too low. The source's softmax reads 1 whatever happens.",
+        tuple(Query(of_run(f"{signal}_ratio"), f"{name} {{{{instance}}}}") for name, (signal, _) in ESTIMATORS.items()),
         width=12,
+    ),
+    Panel(
+        "Output of the law",
+        "The controller's other evidence: for EntroPIC α, which is ln(scale) over its gain, and the direction entropy.",
+        (Query(of_run("evidence", 'name!~"entropy|target"'), "{{name}} {{instance}}"),),
+        width=24,
     ),
 )
 
@@ -213,11 +221,12 @@ _DECISIONS = (
         options={"max": 1},
     ),
     Panel(
-        "Skips, rollbacks, non-finite decisions",
+        "Skips, rollbacks, hand-overs, non-finite decisions",
         "So far.",
         (
             Query(of_run("skips_total"), "skips {{instance}}"),
             Query(of_run("rollbacks_total"), "rollbacks {{instance}}"),
+            Query(of_run("hand_overs_total"), "hand-overs {{instance}}"),
             Query(of_run("nonfinite_decisions_total"), "non-finite {{instance}}"),
         ),
     ),
@@ -281,7 +290,7 @@ _COST = (
 )
 
 _PLACED = {"step", "progress", "learning_rate", "lr_scale", "momentum_scale", "loss", "tokens_per_second"}
-_PLACED |= {"step_seconds", "collective_seconds"}
+_PLACED |= {"step_seconds", "collective_seconds", *(signal for signal, _ in ESTIMATORS.values())}
 """Signals that a panel above shows; the scales of the previous step are the ones executed there."""
 
 
