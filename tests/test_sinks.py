@@ -114,7 +114,7 @@ def test_a_sink_is_opened_told_of_every_decision_and_closed(make_mlp):
     last = listener.decisions[-1]
     assert last.telemetry == governor.last_telemetry
     assert (last.executed.lr_scale, last.ruled.regime, dict(last.ruled.evidence)) == (0.5, "cut", {"seen": 1.0})
-    assert last.counts == {"decisions": STEPS, "interventions": STEPS}
+    assert last.counts == {"decisions": STEPS, "interventions": STEPS, "hand_overs": 0}
     assert last.regimes == {"cut": STEPS}
     assert not last.reasons
     assert 0 < last.overhead_seconds <= governor.summary()["overhead_seconds"]
