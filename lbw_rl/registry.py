@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ def load_controller(controller: str | Path | Controller, **options: Any) -> Cont
             )
     module, attribute = _CLASSES[name]
     factory = getattr(importlib.import_module(module), attribute)
+    accepted = inspect.signature(factory).parameters
+    for option in options:
+        if option not in accepted:
+            raise ValueError(
+                f"controller.options.{option}: {name} has no such option; accepted: {', '.join(accepted) or 'none'}"
+            )
     try:
         return factory(**options)
     except TypeError as e:

@@ -217,7 +217,7 @@ BAD = {
     "empty controller": ([*RUN, "--controller", ""], ["controller.name: ''", "at least 1 character"]),
     "controller option": (
         [*RUN, "--controller", "pid", "--set", "controller.options.k=1"],
-        ["controller.options: ", "'k'"],
+        ["controller.options.k: pid has no such option", "accepted: signal, setpoint"],
     ),
     "controller value": (
         [*RUN, "--controller", "pid", "--set", "controller.options.kp=-1"],

@@ -207,7 +207,7 @@ def test_an_unknown_name_lists_the_known_ones():
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("pid", {"gain": 1}, "gain"),
+        ("pid", {"gain": 1}, "controller.options.gain: pid has no such option; accepted: signal, setpoint, kp"),
         ("pid", {"kp": -1}, "pid.kp"),
         ("pid", {"ki": math.inf}, "pid.ki"),
         ("pid", {"ki": "fast"}, "controller.options"),
