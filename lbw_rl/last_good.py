@@ -10,7 +10,9 @@ from lbw_rl.signals import Telemetry
 from lbw_rl.snapshot import Snapshot
 from lbw_rl.stages import Mode
 
-HEALTHY_REGIMES = frozenset({"steady", "calibrating", "annealing", "raising", "holding-back", "learned"})
+HEALTHY_REGIMES = frozenset(
+    {"steady", "calibrating", "annealing", "raising", "holding-back", "high-entropy", "learned"}
+)
 """Regimes in which a state may be kept as the last good one."""
 
 

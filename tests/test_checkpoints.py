@@ -643,12 +643,13 @@ def test_a_broken_controller_does_not_keep_a_run_from_its_checkpoints(recipe, tm
     assert saved == [4, 8]
 
 
-def test_the_alarms_are_those_of_the_shipped_rule():
+def test_the_alarms_are_those_of_the_shipped_rules():
     from lbw_rl.controllers.lbw_guard import LBWGuard
 
     rows = [line.split("|")[1] for line in (LBWGuard.__doc__ or "").splitlines() if line.strip().startswith("| ")]
     named = {name.strip() for row in rows for name in row.split("/")} - {"regime"}
-    assert named == ALARMS | (HEALTHY_REGIMES - {"learned"})
+    of_entropic = {"safe-mode", "high-entropy"}
+    assert named | of_entropic == ALARMS | (HEALTHY_REGIMES - {"learned"})
 
 
 def test_a_put_off_checkpoint_comes_back_after_a_resume(recipe, tmp_path, saved):

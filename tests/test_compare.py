@@ -98,7 +98,12 @@ def test_multipliers_that_are_none(text):
         ([PLAIN], [], 1, "lr-multipliers: none given"),
         ([PLAIN], [1.0, 30.0, 1.0], 1, "lr-multipliers: 1, 30, 1; accepted: one or more, each once"),
         ([PLAIN], [1.0], 0, "seeds: 0 must be at least 1"),
-        ([Arm("x", "pid", ("controller.options.nope=1",))], [1.0], 1, "controller.options.nope: pid has no such option"),
+        (
+            [Arm("x", "pid", ("controller.options.nope=1",))],
+            [1.0],
+            1,
+            "controller.options.nope: pid has no such option",
+        ),
         ([Arm("x", "pid", ("no.such=1",))], [1.0], 1, "no.such: unknown key"),
     ],
 )
