@@ -18,7 +18,7 @@ Law = Literal["setpoint", "pi", "threshold"]
 
 HEALTHY = 0.67
 """Element entropy of runs whose set-point is right; where it is too high, less (docs/entropy.md)."""
-_GAINS = {"setpoint": (2.0, 0.1, 1.5), "pi": (1.0, 0.01, 1.0), "threshold": (0.0, 0.0, 0.0)}
+_GAINS = {"setpoint": (4.0, 0.2, math.log(2.0)), "pi": (1.0, 0.01, 1.0), "threshold": (0.0, 0.0, 0.0)}
 """Kp, Ki and gain of each law."""
 _TOSS = (0.9, 0.98)
 """Direction entropies between which a low entropy begins to count, and counts in full (law "setpoint")."""
@@ -59,8 +59,8 @@ class EntroPIC(Controller):
         warmup: decisions before the first automatic target.
         half_life: decisions after which an entry of the history weighs half.
         smoothing: decisions of the moving average.
-        kp, ki: proportional and integral gain, per decision; None: 1 and 0.01 for "pi", 2 and 0.1 for "setpoint".
-        gain: ln(scale) at α = 1; None: 1 for "pi", 1.5 for "setpoint".
+        kp, ki: proportional and integral gain, per decision; None: 1 and 0.01 for "pi", 4 and 0.2 for "setpoint".
+        gain: ln(scale) at α = 1; None: 1 for "pi", ln 2 for "setpoint": it halves the set-point at most.
         displacement: r* · √T at the start (law "setpoint").
         band: (low, high) around 1, or None for no safe mode.
         pause, cooldown: of the safe mode, in decisions.
