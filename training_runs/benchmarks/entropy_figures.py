@@ -41,9 +41,10 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
         ax.ticklabel_format(useOffset=False)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("normalised entropy")
-    axes[0].legend(fontsize=7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
     figure.suptitle(f"{case}: median and range of {results['settings']['seeds']} seeds")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(folder / "entropy-runs.png")
     plt.close(figure)
 
