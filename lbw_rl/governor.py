@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,31 +13,28 @@ import numpy as np
 import torch
 
 from lbw_rl import votes
+from lbw_rl.account import Account
 from lbw_rl.action import NEUTRAL, Action, Directive
-from lbw_rl.actuator import Actuator
 from lbw_rl.authority import Authority
+from lbw_rl.claim import Claim, unwrapped
 from lbw_rl.controller import Context, Controller
-from lbw_rl.device_guard import DeviceGuard
+from lbw_rl.deliberation import Deliberation
 from lbw_rl.enforcer import Enforcer, Ruling
 from lbw_rl.exchange import PeerLostError, exchange_for
-from lbw_rl.hand_over import impossible
+from lbw_rl.execution import Execution
 from lbw_rl.last_good import LastGood
 from lbw_rl.ledger import ledger_of_rank
 from lbw_rl.measurement import Measured, Measurement
-from lbw_rl.recorder import Recorder, brief, unbrief
+from lbw_rl.recorder import Recorder, brief, run_header, unbrief
 from lbw_rl.registry import load_controller
-from lbw_rl.sgd_rate import SgdRate, largest_beta1, rate_on_host
+from lbw_rl.sgd_rate import SgdRate, rate_on_host
 from lbw_rl.signals import NAN, Telemetry
-from lbw_rl.sinks.sink import Decision, GuardedSinks, Sink
+from lbw_rl.sinks.sink import GuardedSinks, Sink
 from lbw_rl.snapshot import Snapshot, Stateful
-from lbw_rl.stages import Mode, Switch, check_mode
+from lbw_rl.stages import Mode, Switch, check_mode, governs
 from lbw_rl.step_hooks import StepHooks
-from lbw_rl.time_limit import TimeLimit
 
 log = logging.getLogger("lbw_rl")
-
-# Two governors' restores would interleave and leave a scale in place for the scheduler to compound.
-_GOVERNED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 _COUNTED = ("decisions", "interventions", "skips", "rollbacks", "hand_overs")
 
@@ -114,8 +110,9 @@ class Governor:
             raise ValueError(f"total_steps: {total_steps} must be at least 1, or None if unknown")
         if decide_every < 1:
             raise ValueError(f"decide_every: {decide_every} must be at least 1")
-        self.optimizer = optimizer = _unwrapped(optimizer)
-        if mode not in ("off", "shadow") and optimizer in _GOVERNED:
+        self.optimizer = optimizer = unwrapped(optimizer)
+        self._claim = Claim(optimizer)
+        if governs(mode) and self._claim.refused:
             raise ValueError("optimizer: another governor governs it; accepted: close() that one first")
         self.controller = load_controller(controller)
         self.authority = authority or Authority()
@@ -130,39 +127,35 @@ class Governor:
         self.step = 0
         self.last_telemetry = Telemetry()
         self.last_ruling = Ruling(NEUTRAL)
-        self._held = NEUTRAL  # what every step of the present window executes
-        self.executed = NEUTRAL
         self._enforcer = Enforcer(self.authority, mode)
-        self._overhead = 0.0
-        self._actuator = Actuator(optimizer, self._fault)
         self._sgd_rate = SgdRate()
-        self._guard = DeviceGuard(optimizer)
-        limit = self.controller.time_limit
-        self._time_limit = TimeLimit(limit) if limit is not None else None
-        self._stateful: dict[str, Stateful] = {
+        self._deliberation = Deliberation(optimizer, self.controller, self._enforcer, self._sgd_rate, self._fault)
+        self._execution = Execution(optimizer, self._sgd_rate, self._fault)
+        moved: dict[str, Stateful] = {
             "controller": self.controller,
             "sgd_rate": self._sgd_rate,
             **(stateful or {}),
         }
-        self._last_good = LastGood(
-            Snapshot(optimizer, snapshot_bytes, model, self._stateful), self.authority, self._fault
-        )
+        self._last_good = LastGood(Snapshot(optimizer, snapshot_bytes, model, moved), self.authority, self._fault)
+        self._overhead = 0.0
+        self._armed = False
         self._ahead: Measured | None = None
         self._hooks: StepHooks | None = None
-        self._restorable = self._armed = False
+        self._measurement: Measurement | None = None
+        self._switch: Switch | None = None
         exchange = exchange_for(process_group, collective_timeout) if mode != "off" else None
         self._rank = exchange.rank if exchange is not None else 0
         self.ranks = exchange.world if exchange is not None else 1
-        self._recorder = Recorder(ledger_of_rank(ledger, self._rank) if mode != "off" else None, self._header())
-        self._measurement: Measurement | None = None
-        self._switch: Switch | None = None
+        header = run_header(self.controller.name, mode, self.context)
+        self._recorder = Recorder(ledger_of_rank(ledger, self._rank) if mode != "off" else None, header)
         self._sinks = GuardedSinks(self._fault)
+        self._account = Account(self._recorder, self._sinks, self._enforcer, self._sgd_rate)
         if mode == "off":
             if sinks:
                 log.warning("mode off measures nothing: %s get nothing", ", ".join(sink.name for sink in sinks))
             return
         if exchange is not None:
-            exchange.agree({**self._header(), "collective_timeout": collective_timeout})
+            exchange.agree({**header, "collective_timeout": collective_timeout})
         self._switch = Switch(control, kill_signal)  # may refuse, before anything is attached
         first = next((p for group in optimizer.param_groups for p in group["params"]), None)
         self._measurement = Measurement(
@@ -173,14 +166,17 @@ class Governor:
             late=late if late is not None else first is not None and first.device.type != "cpu",
             device_index=device_index,
             clock_and_device=measure_device,
-            scaler=self._stateful.get("scaler"),
+            scaler=moved.get("scaler"),
             group_entropy=self.controller.group_entropy,
         )
-        self._hooks = StepHooks(optimizer, self._hold, self._begin, self._again, self._end, self._put_back)
+        execution = self._execution
+        self._hooks = StepHooks(
+            optimizer, execution.before_closure, self._begin, execution.again, self._end, execution.put_back
+        )
         # A checkpoint written while an exception of a step is handled must hold the scheduled rate.
         self._saving = optimizer.register_state_dict_pre_hook(lambda _: self._put_back_after_a_raise())
-        if mode != "shadow":
-            _GOVERNED.add(optimizer)
+        if governs(mode):
+            self._claim.take()
         if self._rank == 0:
             self._sinks.open(sinks, self)
 
@@ -188,6 +184,11 @@ class Governor:
     def mode(self) -> Mode:
         """How much of the authority is in use now."""
         return self._enforcer.mode
+
+    @property
+    def executed(self) -> Action:
+        """The action of the latest step."""
+        return self._execution.executed
 
     def set_mode(self, mode: Mode) -> None:
         """Asks for another mode, executed at the next decision; with ranks, by all of them together.
@@ -237,20 +238,10 @@ class Governor:
 
     # --- around the step ---------------------------------------------------------------------------------
 
-    def _hold(self) -> None:
-        """LBFGS reads its rate before its closure brings the gradients that a decision needs: it gets the last one's."""
-        if not isinstance(self.optimizer, torch.optim.LBFGS):
-            return
-        try:
-            self._actuator.apply(self._held)
-        except Exception as e:
-            self._fault("actuator", e)
-            self._put_back()
-
     def _begin(self, closure_result: Any) -> None:
         start = time.perf_counter()
         try:
-            self._put_back()  # a step that raised may have left something
+            self._execution.put_back()  # a step that raised may have left something
             if self._measurement is not None:
                 self._measurement.observer.closure_loss(closure_result)
             action = self._decide() if self.step % self.context.decide_every == 0 else self._between()
@@ -263,115 +254,30 @@ class Governor:
             self._let_go()
         self._overhead += time.perf_counter() - start
 
-    def _again(self) -> None:
-        """A line search has brought new gradients: a withheld step withholds them too."""
-        try:
-            if self.executed.directive is not Directive.PROCEED or self.executed.hand_over:  # which has moved already
-                self._actuator.apply(Action(directive=Directive.SKIP))
-        except Exception as e:
-            self._fault("actuator", e)
-
-    def _put_back(self) -> None:
-        """Leaves nothing of a step's action behind; the hooks tell when a step that raised is gone."""
-        try:
-            self._guard.disarm()
-            self._actuator.restore()
-        except Exception as e:
-            self._fault("actuator", e)
-
     def _put_back_after_a_raise(self) -> None:
         if self._hooks is not None and not self._hooks.within_step():
-            self._put_back()
+            self._execution.put_back()
 
     def _end(self) -> None:
         start = time.perf_counter()
-        self._put_back()
-        try:
-            if self._measurement is not None:
-                self._measurement.probe.after_step()
-        except Exception as e:  # fail-open
-            self._fault("probe", e)
+        self._execution.put_back()
         if self._measurement is not None:
-            self._measurement.observer.step_done()
+            self._measurement.after_step()
         self.step += 1
         self._overhead += time.perf_counter() - start
 
     def _decide(self) -> Action:
         measured, self._ahead = self._ahead or self._take(), None
-        telemetry = self.last_telemetry = measured.telemetry
-        self._settle(measured.votes)
+        self.last_telemetry = measured.telemetry
+        restorable = self._settle(measured.votes)
         if self.mode == "off":
             return NEUTRAL
-        self._sgd_rate.update(telemetry, largest_beta1(self.optimizer))
-        proposed, fault = None, None
-        if not self._enforcer.suspended:
-            try:
-                act = self.controller.act
-                proposed = act(telemetry) if self._time_limit is None else self._time_limit(act, telemetry)
-            except Exception as e:  # a broken controller loses its say, not the run
-                fault = f"{type(e).__name__}: {e}"
-                self._fault("controller", e)
-        ruling = self.last_ruling = self._enforcer.rule(
-            proposed,
-            fault,
-            restorable=self._restorable,
-            groups=len(self.optimizer.param_groups),
-            late=measured.late,
-            no_hand_over=self._no_hand_over(proposed),
-        )
-        action = ruling.action
-        withheld = measured.late and telemetry.nonfinite == 1 and self._armed  # on the device, a decision ago
-        if withheld:
-            self._recorder.counts["skips"] += 1
-            self._enforcer.note_skip()
-        self._recorder.count(action)
-        executed = NEUTRAL if self.mode == "shadow" else action
-        if withheld or executed.directive is not Directive.PROCEED:
-            self._sgd_rate.withheld()
-        extra: dict[str, Any] = {"would_execute": brief(action)} if self.mode == "shadow" else {}
-        if len(measured.nonfinite_ranks) and self._measurement is not None and self._measurement.exchange is not None:
-            extra["nonfinite_ranks"] = list(measured.nonfinite_ranks)
-        if executed.directive is Directive.ROLLBACK:
-            extra["restored_step"] = self._last_good.step
-            extra["lost_steps"] = [self._last_good.step, self.step]  # their batches are spent, and not seen again
-        if withheld:
-            extra["withheld_on_device"] = True
-        if action.hand_over:
-            extra["sgd_rate"] = self._sgd_rate.value
-        reasons = (*ruling.reasons, *(("shadow mode",) if self.mode == "shadow" else ()))
-        self._recorder.write(self.step, telemetry, proposed, executed, action, reasons, extra)
-        if self._sinks:
-            self._tell_sinks(proposed, executed, reasons)
-        self._last_good.offer(self.step, telemetry, executed, self.mode)
-        # A skip is for this step only; the scales hold for the whole window.
-        self._held = Action(
-            lr_scale=executed.lr_scale,
-            group_lr_scales=executed.group_lr_scales,
-            momentum_scale=executed.momentum_scale,
-            hand_over=executed.hand_over,
-        )
-        return executed
-
-    def _no_hand_over(self, proposed: Any) -> str | None:
-        if not isinstance(proposed, Action) or not proposed.hand_over:
-            return None  # nobody asks
-        return impossible(self.optimizer) or self._sgd_rate.unknown
-
-    def _tell_sinks(self, proposed: Any, executed: Action, reasons: tuple[str, ...]) -> None:
-        spent = self.authority.max_skips > 0 and not self._enforcer.may_skip()
-        decision = Decision(
-            step=self.step,
-            telemetry=self.last_telemetry,
-            proposed=proposed if isinstance(proposed, Action) else None,
-            ruled=self.last_ruling.action,
-            executed=executed,
-            reasons=reasons,
-            suspended=self._enforcer.suspended,
-            skip_budget_spent=spent,
-            overhead_seconds=self._overhead,
-            **self._recorder.totals(),
-        )
-        self._sinks.decided(decision)
+        judgement = self._deliberation.judge(measured, restorable=restorable, armed=self._armed)
+        self.last_ruling, action = judgement.ruling, judgement.executed
+        self._account.enter(self.step, judgement, last_good=self._last_good.step, overhead_seconds=self._overhead)
+        self._last_good.offer(self.step, measured.telemetry, action, self.mode)
+        self._execution.open_window(action)
+        return action
 
     def _between(self) -> Action:
         """The action of a step between two decisions: that of the window, unless this step alone is poisoned."""
@@ -381,22 +287,18 @@ class Governor:
             return NEUTRAL
         self._measurement.flag_between()
         if self.mode in ("shadow", "off") or not self._measurement.poisoned_now() or not self._enforcer.may_skip():
-            return self._held
+            return self._execution.held
         self._enforcer.note_skip()
         self._recorder.counts["skips"] += 1
         self._recorder.event("skip", self.step, {"regime": "non-finite"})
-        return replace(self._held, directive=Directive.SKIP, regime="non-finite")
+        return replace(self._execution.held, directive=Directive.SKIP, regime="non-finite")
 
     def _execute(self, action: Action) -> None:
         assert self._measurement is not None
         if action.directive is Directive.ROLLBACK:
             self._last_good.restore()
-            self._measurement.probe.forget()
-            self._measurement.rate_meter.forget()
-            try:
-                self.controller.rolled_back()
-            except Exception as e:
-                self._fault("controller", e)
+            self._measurement.forget()
+            self._deliberation.rolled_back()
         if self._measurement is None:  # the controller has closed it
             return
         bad, self._measurement.bad = self._measurement.bad, None
@@ -404,33 +306,21 @@ class Governor:
         if self.step % self.context.decide_every == 0:  # what the next decision's telemetry will speak of
             self._armed = arm
         if bad is not None and arm:
-            self._guard.arm(bad, by_gradients=action.hand_over)
+            self._execution.arm(bad, action)
         if (self.step + 1) % self.context.decide_every == 0 and action.directive is Directive.PROCEED:
-            try:  # first: a step that is handed over moves the weights
-                self._measurement.probe.before_step()
-            except Exception as e:  # an update that cannot be measured is executed all the same
-                self._fault("probe", e)
-        self._actuator.apply(action, self._sgd_rate.value)
-        self.executed = action
-        try:
-            self._measurement.rate_meter.executed(action)
-        except Exception as e:
-            self._fault("probe", e)
+            self._measurement.before_step()  # first: a step that is handed over moves the weights
+        self._execution.execute(action)
+        self._measurement.executed(action)
 
     def _let_go(self) -> None:
         """Executes the neutral action, within the slew limit; where even that fails, nothing."""
         if self._measurement is None:  # closed meanwhile: nobody would put the scale back
-            self.executed = self._held = NEUTRAL
+            self._execution.rest()
             return
-        self._put_back()
+        self._execution.put_back()
         self._measurement.rate_meter.forget()
-        self.executed = self._held = NEUTRAL if self.mode == "shadow" else self._enforcer.let_go(self.executed.lr_scale)
-        try:
-            self._actuator.apply(self.executed)
-        except Exception as e:  # the optimizer cannot be written to at all
-            self._fault("actuator", e)
-            self._put_back()
-            self.executed = NEUTRAL
+        shadow = self.mode == "shadow"
+        self._execution.let_go(NEUTRAL if shadow else self._enforcer.let_go(self.executed.lr_scale))
 
     # --- what it sees, and who agrees --------------------------------------------------------------------
 
@@ -452,45 +342,32 @@ class Governor:
         self._wished_by = wish[1] if wish is not None else "another rank"
         return votes.cast(wish[0] if wish else None, self._recorder.digest, self._last_good.step is not None)
 
-    def _settle(self, ranks: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+    def _settle(self, ranks: np.ndarray[Any, np.dtype[np.float32]]) -> bool:
+        """Does what the ranks agree on; whether a rollback is among what may be ruled."""
         wish, alike, restorable = votes.count(ranks)
         if wish is not None:
             self._change_mode(wish, self._wished_by)
         if not alike and not self._enforcer.suspended:
             self._enforcer.suspend()
             self._fault("ranks", RuntimeError("the ranks' last decisions differ; the controller is suspended on all"))
-        self._restorable = self.mode == "shadow" or restorable  # shadow mode records what would have been done
+        return self.mode == "shadow" or restorable  # shadow mode records what would have been done
 
     def _change_mode(self, mode: Mode, by: str) -> None:
         before, scale = self.mode, self.executed.lr_scale
         if mode == before:
             return
-        governs = mode not in ("off", "shadow")
-        if governs and before == "shadow":
-            if self.optimizer in _GOVERNED:
-                log.warning("mode %s asked for by %s at step %d: another governor governs", mode, by, self.step)
-                return
-            _GOVERNED.add(self.optimizer)
-        elif not governs and before != "shadow":
-            _GOVERNED.discard(self.optimizer)
+        if not governs(mode):
+            self._claim.release()
+        elif not self._claim.take():
+            log.warning("mode %s asked for by %s at step %d: another governor governs", mode, by, self.step)
+            return
         self._enforcer.set_mode(mode)
         self._recorder.event("mode", self.step, {"from": before, "to": mode, "by": by})
         log.warning("governance at step %d: mode %s -> %s (%s); lr_scale was %.4g", self.step, before, mode, by, scale)
         if mode in ("off", "shadow", "skip"):
-            self._held = self.executed = NEUTRAL
+            self._execution.rest()
         if mode == "off":
             self._detach()
-
-    def _header(self) -> dict[str, Any]:
-        """What a replay has to know about the run, and the ranks have to agree on."""
-        context = {
-            "total_steps": self.context.total_steps,
-            "decide_every": self.context.decide_every,
-            "authority": self.authority.model_dump(),
-            "seed": self.context.seed,
-            "groups": list(self.context.groups),
-        }
-        return {"controller": self.controller.name, "mode": self.mode, "context": context}
 
     def _fault(self, where: str, error: Exception) -> None:
         self._recorder.fault(where, error, self.step)
@@ -505,11 +382,6 @@ class Governor:
             `hand_overs` (decisions to run as SGD), `suspended`, `faults` (where → count), `overhead_seconds` spent in
             governance, `regimes` (name → decisions), `mode`, `controller` (its own counters). In shadow mode: what would have been executed.
         """
-        try:
-            own = self.controller.summary()
-        except Exception as e:
-            self._fault("controller", e)
-            own = {}
         return {
             **{key: self._recorder.counts[key] for key in _COUNTED},
             "suspended": self._enforcer.suspended,
@@ -517,7 +389,7 @@ class Governor:
             "overhead_seconds": self._overhead,
             "regimes": dict(self._recorder.regimes),
             "mode": self.mode,
-            "controller": own,
+            "controller": self._deliberation.summary(),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -531,7 +403,7 @@ class Governor:
             "sgd_rate": self._sgd_rate.state_dict(),
             "measurement": self._measurement.state_dict() if self._measurement is not None else None,
             "armed": self._armed,
-            "held": brief(self._held),
+            "held": brief(self._execution.held),
             "executed": brief(self.executed),
             "recorder": self._recorder.state_dict(),
             "overhead_seconds": self._overhead,
@@ -553,12 +425,12 @@ class Governor:
         self._sgd_rate.load_state_dict(state["sgd_rate"])
         if self._measurement is not None and state["measurement"] is not None:
             self._measurement.load_state_dict(state["measurement"], own=own)
-        self.executed = unbrief(state["executed"])
+        self._execution.executed = executed = unbrief(state["executed"])
         # The state may come from a run with wider authority, or from one in another mode.
-        held = self.authority.clip(unbrief(state["held"]), self.executed.lr_scale)[0]
+        held = self.authority.clip(unbrief(state["held"]), executed.lr_scale)[0]
+        self._execution.held = held if self.mode in ("lr", "govern") else NEUTRAL
         self._ahead = None
         self._armed = state["armed"]
-        self._held = held if self.mode in ("lr", "govern") else NEUTRAL
         self._recorder.load_state_dict(state["recorder"])
         self._overhead = state["overhead_seconds"]
         shards_of_another = not own and self._measurement is not None and self._measurement.probe.sharded
@@ -571,7 +443,6 @@ class Governor:
         if state["mode"] == "off":
             log.warning("governance was let go before the checkpoint at step %d; it stays off", self.step)
             self._enforcer.set_mode("off")
-            _GOVERNED.discard(self.optimizer)
             self._detach()
         else:
             self._recorder.event("mode", self.step, {"from": state["mode"], "to": self.mode, "by": "resume"})
@@ -586,20 +457,18 @@ class Governor:
         self._sinks.close()
 
     def _detach(self) -> None:
-        self._put_back()
+        self._execution.put_back()
         if self._hooks is not None:
             self._hooks.remove()
             self._saving.remove()
-        if self._measurement is not None and self.mode != "shadow":
-            _GOVERNED.discard(self.optimizer)
+        self._claim.release()
         if self._measurement is not None:
             self._measurement.close()
             self._measurement = None
         if self._switch is not None:
             self._switch.close()
             self._switch = None
-        if self._time_limit is not None:
-            self._time_limit.close()
+        self._deliberation.close()
         self._recorder.close(self.step)
 
     def __enter__(self) -> Governor:
@@ -607,13 +476,3 @@ class Governor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer whose hooks fire: Accelerate's and Lightning's wrappers only pass their steps on."""
-    # By what they lack, not by name: Lightning's takes on the name of the class that it wraps.
-    while "_optimizer_step_pre_hooks" not in getattr(optimizer, "__dict__", {}) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"optimizer: {type(optimizer).__name__} is none; accepted: a torch.optim.Optimizer")
-    return optimizer

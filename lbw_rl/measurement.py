@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lbw_rl.action import Action
 from lbw_rl.clip_tap import ClipTap
 from lbw_rl.device import DeviceSource
 from lbw_rl.exchange import Exchange
@@ -37,7 +38,7 @@ class Measured:
 
     Attributes:
         telemetry: the same on every rank.
-        nonfinite_ranks: ranks whose own loss, gradient or update was not finite.
+        nonfinite_ranks: ranks whose own loss, gradient or update was not finite; empty for a process alone.
         votes: per rank, what the caller sent along; shape (ranks, votes).
         late: whether the telemetry is that of the decision before.
     """
@@ -156,6 +157,33 @@ class Measurement:
         except Exception as e:
             self._fault("probe", e)
 
+    def before_step(self) -> None:
+        """The step at hand ends the window: its update is about to be measured, and is executed all the same if not."""
+        try:
+            self.probe.before_step()
+        except Exception as e:
+            self._fault("probe", e)
+
+    def executed(self, action: Action) -> None:
+        """Notes what the step at hand executes, with its scales written."""
+        try:
+            self.rate_meter.executed(action)
+        except Exception as e:
+            self._fault("probe", e)
+
+    def after_step(self) -> None:
+        """Ends a step, of the window's end or not."""
+        try:
+            self.probe.after_step()
+        except Exception as e:
+            self._fault("probe", e)
+        self.observer.step_done()
+
+    def forget(self) -> None:
+        """After a rollback: the last step and the last gradient were those of another history."""
+        self.probe.forget()
+        self.rate_meter.forget()
+
     def _measure(self, known: dict[str, float]) -> _Pending:
         window = Window(None, None, None, {})
         packed = transfer = terms = None
@@ -192,7 +220,7 @@ class Measurement:
         if judged:
             signals["nonfinite"] = float(bad)
         groups = self._add_sampled(signals, values, due)
-        return Measured(_telemetry(signals, groups), (0,) if bad else (), late=self.late)
+        return Measured(_telemetry(signals, groups), late=self.late)
 
     def _joined(
         self, signals: dict[str, float], values: dict[str, Vector], due: _Pending | None, votes: Vector, step: int

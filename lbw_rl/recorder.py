@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lbw_rl.action import Action, Directive
+from lbw_rl.controller import Context
 from lbw_rl.ledger import LEDGER_SCHEMA, Ledger, latest_header
 from lbw_rl.signals import SIGNALS, Telemetry
+from lbw_rl.stages import Mode
 
 log = logging.getLogger("lbw_rl")
 
@@ -155,6 +157,18 @@ class Recorder:
         except OSError as e:  # a line that the disk did not take is still in the buffer
             self.fault("ledger", e, step)
         self._ledger = None
+
+
+def run_header(controller: str, mode: Mode, context: Context) -> dict[str, Any]:
+    """What a replay has to know about the run, and the ranks have to agree on, as JSON data."""
+    told = {
+        "total_steps": context.total_steps,
+        "decide_every": context.decide_every,
+        "authority": context.authority.model_dump(),
+        "seed": context.seed,
+        "groups": list(context.groups),
+    }
+    return {"controller": controller, "mode": mode, "context": told}
 
 
 def _same_run(written: Mapping[str, Any] | None, header: Mapping[str, Any]) -> bool:

@@ -33,6 +33,11 @@ def check_mode(mode: str) -> Mode:
     return mode
 
 
+def governs(mode: Mode) -> bool:
+    """Whether governance acts on the run in this mode, be it by skips alone."""
+    return mode not in ("off", "shadow")
+
+
 class Switch:
     """Where requests for another mode come in: a control file, a kill signal, a call.
 

@@ -690,7 +690,7 @@ def test_a_state_of_wider_authority_does_not_hand_over_here():
     governor.close()
     narrow = Governor(optimizer, Asks())
     narrow.load_state_dict(state)
-    assert not narrow._held.hand_over
+    assert "hand_over" not in narrow.state_dict()["held"]
 
 
 def test_a_rollback_goes_back_to_before_the_hand_over_with_rate_and_moments():
