@@ -259,9 +259,9 @@ class EntroPIC(Controller):
         """Restores `state_dict`."""
         self._record.load_state_dict(state["record"])
         self._direction.load_state_dict(state["direction"])
-        self._groups = [self._new_record() for _ in state["groups"]]
-        for record, saved in zip(self._groups, state["groups"]):
-            record.load_state_dict(saved)
+        if len(state["groups"]) == len(self._groups):  # else saved without `micro`, or by another set of groups
+            for record, saved in zip(self._groups, state["groups"]):
+                record.load_state_dict(saved)
         self._plant.load_state_dict(state["plant"])
         if self._safe_mode is not None and state["safe_mode"] is not None:
             self._safe_mode.load_state_dict(state["safe_mode"])

@@ -62,6 +62,9 @@ class Probe:
         sample: elements sampled over all matrices.
         answers: whether this process answers for what every rank holds alike.
         group_entropy: name of the estimator that is also taken of each parameter group alone; None for none.
+
+    Raises:
+        ValueError: an unknown estimator.
     """
 
     def __init__(
@@ -72,6 +75,8 @@ class Probe:
         answers: bool = True,
         group_entropy: str | None = None,
     ) -> None:
+        if group_entropy not in (None, *ESTIMATORS):
+            raise ValueError(f"group_entropy: {group_entropy!r} is unknown; accepted: {', '.join(ESTIMATORS)}, or None")
         self.optimizer = optimizer
         self._size, self._answers, self._group_entropy = sample, answers, group_entropy
         self._layout_key: tuple[tuple[int, ...], ...] = ()

@@ -3,8 +3,9 @@
 import math
 
 import pytest
+import torch
 
-from lbw_rl import Authority, Context, Directive, Telemetry
+from lbw_rl import Authority, Context, Directive, Governor, Telemetry
 from lbw_rl.controllers.entropic import HEALTHY, EntroPIC
 from lbw_rl.enforcer import Enforcer
 from lbw_rl.entropy import ESTIMATORS
@@ -216,6 +217,24 @@ def test_an_automatic_target_is_each_group_s_own():
     for _ in range(2):
         controller.act(Telemetry(group_grad_entropy=(0.8, 0.2)))
     assert controller.act(Telemetry(group_grad_entropy=(0.6, 0.19))).group_lr_scales == (1.15, 1.0)
+
+
+def test_a_state_that_was_saved_without_groups_leaves_them_to_start_anew():
+    saved, controller = EntroPIC(target=0.5, smoothing=1), EntroPIC(micro=True, target=0.5, smoothing=1)
+    entropies(saved, [0.4])
+    controller.reset(Context(groups=("a", "b")))
+    controller.load_state_dict(saved.state_dict())
+    assert controller.act(Telemetry(group_grad_entropy=(0.3, 0.6))).group_lr_scales == (1.15, 1.0)
+
+
+def test_a_controller_that_asks_for_an_unknown_estimator_is_refused_at_the_start(make_mlp):
+    class Asks(EntroPIC):
+        def __init__(self):
+            super().__init__(micro=True)
+            self.group_entropy = "renyi"
+
+    with pytest.raises(ValueError, match=r"group_entropy: 'renyi' is unknown; accepted: histogram, .*, or None"):
+        Governor(torch.optim.SGD(make_mlp().parameters(), lr=0.1), Asks())
 
 
 def test_micro_level_without_measured_groups_leaves_their_proportions_alone():
