@@ -182,6 +182,18 @@ def test_a_second_governor_cannot_be_promoted_beside_the_first(make_mlp, caplog)
     assert "another governor governs" in caplog.text
 
 
+def test_a_second_governor_that_is_switched_off_leaves_the_first_ones_claim(make_mlp):
+    model = make_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    Governor(optimizer, Scripted(HALVE), authority=WIDE)
+    second = Governor(optimizer, Scripted(HALVE), authority=WIDE, mode="shadow")
+    second.set_mode("off")
+    assert train(model, optimizer, 2)[0] == [0.5, 0.5]
+    assert second.mode == "off"
+    with pytest.raises(ValueError, match="another governor governs it"):
+        Governor(optimizer, "constant")
+
+
 def test_a_switch_never_raises_for_what_a_file_holds(tmp_path):
     for content in (b"", b"\xff\xfe", b"{}", b"govern shadow"):
         (tmp_path / "control").write_bytes(content)
