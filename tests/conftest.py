@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import Answer
 from hypothesis import settings
 
 from lbw_rl import FEATURES, Authority
@@ -153,6 +154,27 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "train.threads=1",
         "train.device=cpu",
     ]
+
+
+@pytest.fixture
+def small(tiny: list[str]) -> list[str]:
+    """The same settings as arguments of a command."""
+    return [part for setting in tiny for part in ("--set", setting)]
+
+
+@pytest.fixture
+def lbw(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """`lbw-rl ARGUMENTS` in this process."""
+    from lbw_rl.cli import main
+
+    def call(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["lbw-rl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return Answer(ended.value.code, captured.out, captured.err)
+
+    return call
 
 
 @pytest.fixture
