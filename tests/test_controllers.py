@@ -1,4 +1,4 @@
-"""One contract for every controller, and the law of each with analytic answers."""
+"""One contract for every controller, and what the smallest of them do."""
 
 import io
 import json
@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lbw_rl import CONTROLLERS, FEATURES, SIGNALS, Action, Authority, Context, Controller, Directive, Telemetry
+from lbw_rl import CONTROLLERS, FEATURES, SIGNALS, Action, Authority, Context, Controller, Telemetry
 from lbw_rl.controllers.constant import Constant
 from lbw_rl.controllers.entropic import EntroPIC
 from lbw_rl.controllers.lbw_guard import LBWGuard
@@ -20,7 +20,6 @@ from lbw_rl.controllers.random import RandomActions
 from lbw_rl.enforcer import Enforcer
 from lbw_rl.policy import save_policy
 from lbw_rl.registry import load_controller
-from lbw_rl.setpoint import ratio_level
 
 WIDE = Authority(lr_scale=(1e-3, 100.0), momentum_scale=(0.5, 2.0), slew_up=1e6, max_rollbacks=5, rollback_cooldown=0)
 CONTEXT = Context(total_steps=200, authority=WIDE, seed=3, groups=("first", "second"))
@@ -268,188 +267,6 @@ def test_random_draws_are_log_uniform_within_the_authority_and_belong_to_the_see
     low, high = (math.log(b) for b in WIDE.lr_scale)
     assert low <= min(logs) <= max(logs) <= high
     assert np.mean(logs) == pytest.approx((low + high) / 2, abs=4 * (high - low) / math.sqrt(12 * 400))
-
-
-# ---- pid
-
-
-class RatioPlant:
-    """A run whose update-to-weight ratio is gain · rate · executed scale."""
-
-    def __init__(self, controller, authority, gain, learning_rate=1e-3, steps=200):
-        controller.reset(Context(total_steps=steps, authority=authority))
-        self.controller, self.enforcer, self.gain = controller, Enforcer(authority), gain
-        self.learning_rate, self.scale, self.steps, self.step = learning_rate, 1.0, steps, 0
-
-    def decide(self, loss=5.0, **signals):
-        """One decision; returns the ratio that the executed scale gives."""
-        ratio = self.gain * self.learning_rate * self.scale if self.step else math.nan
-        telemetry = Telemetry(
-            progress=self.step / self.steps,
-            learning_rate=self.learning_rate,
-            lr_scale=self.scale,
-            update_ratio=ratio,
-            loss=loss,
-            nonfinite=0.0,
-            grad_norm=1.0,
-            surprise=1.0,
-        )
-        self.proposed = self.controller.act(Telemetry(**{**telemetry.as_dict(), **signals}))
-        self.scale = self.enforcer.rule(self.proposed).action.lr_scale
-        self.step += 1
-        return self.gain * self.learning_rate * self.scale
-
-
-@pytest.mark.parametrize("gain", [0.1, 1.0, 30.0, 3000.0])
-def test_pid_with_integral_gain_one_is_dead_beat_on_the_ratio(gain):
-    plant = RatioPlant(PID(setpoint=0.02, kp=0.0, ki=1.0), Authority(lr_scale=(1e-6, 1e6), slew_up=1e12), gain)
-    plant.decide()
-    assert plant.scale == 1.0  # nothing measured yet: no bump
-    assert plant.decide() == pytest.approx(0.02)
-    assert plant.decide() == pytest.approx(0.02)
-
-
-def test_pid_error_decays_geometrically_at_its_integral_gain():
-    plant = RatioPlant(PID(setpoint=0.02, kp=0.0, ki=0.3), Authority(lr_scale=(1e-6, 1e6), slew_up=1e12), gain=200.0)
-    plant.decide()
-    errors = [math.log(0.02 / plant.decide()) for _ in range(10)]
-    assert errors[0] == pytest.approx(0.7 * math.log(0.02 / 0.2))
-    assert np.diff(np.log(np.abs(errors))) == pytest.approx([math.log(0.7)] * 9)
-
-
-def test_pid_velocity_form_adds_its_three_terms():
-    pid = PID(signal="surprise", setpoint=1.0, kp=0.5, ki=0.25, kd=0.125)
-    logs = []
-    for surprise in (1.0, math.e, math.e**3):
-        action = pid.act(Telemetry(surprise=surprise, learning_rate=1.0, lr_scale=1.0))
-        logs.append(math.log(action.lr_scale))
-    # errors 0, −1, −3: Kp·(e − e′) + Ki·e + Kd·(e − 2e′ + e″)
-    assert logs == pytest.approx([0.0, -0.5 - 0.25 - 0.125, -1.0 - 0.75 - 0.125])
-
-
-def test_pid_does_not_wind_up_against_a_bound():
-    plant = RatioPlant(PID(setpoint=0.02, kp=0.0, ki=0.5), Authority(lr_scale=(0.5, 2.0), slew_up=1e6), gain=1.0)
-    for _ in range(100):  # wants 20, may have 2
-        plant.decide()
-    assert plant.scale == 2.0
-    plant.gain = 400.0  # now the ratio is far above the set-point
-    plant.decide()
-    assert plant.scale < 2.0  # the very next decision comes off the bound
-
-
-def test_pid_keeps_the_annealing_of_the_user_s_schedule():
-    plant = RatioPlant(PID(setpoint=0.02, kp=0.0, ki=1.0), Authority(lr_scale=(1e-6, 1e6), slew_up=1e12), gain=7.0)
-    plant.decide()
-    plant.decide()
-    plant.learning_rate /= 4
-    assert plant.decide() == pytest.approx(0.02 / 4)
-
-
-def test_pid_holds_the_executed_scale_while_there_is_no_signal():
-    action = PID().act(Telemetry(learning_rate=1e-3, lr_scale=0.3))
-    assert (action.lr_scale, action.regime) == (0.3, "calibrating")
-
-
-def test_pid_deadband_leaves_small_errors_alone():
-    pid = PID(setpoint=0.02, deadband=0.1)
-    assert pid.act(Telemetry(update_ratio=0.021, learning_rate=1.0, lr_scale=0.7)).lr_scale == pytest.approx(0.7)
-
-
-def test_pid_automatic_set_point_is_the_displacement_over_the_root_of_the_horizon():
-    pid = PID()
-    pid.reset(Context(total_steps=100))
-    action = pid.act(Telemetry(update_ratio=0.01, learning_rate=1.0, lr_scale=1.0))
-    assert action.evidence["target"] == pytest.approx(ratio_level(100))
-
-
-# ---- lbw-guard
-
-
-@pytest.mark.parametrize("learning_rate", [1e-5, 1e-3, 1e-1])
-def test_guard_makes_the_base_rate_cancel_out(learning_rate):
-    authority = Authority(lr_scale=(1e-6, 1e6), slew_up=1e12)
-    plants = [RatioPlant(LBWGuard(), authority, gain=7.0, learning_rate=lr) for lr in (learning_rate, 3e-3)]
-    for step in range(40):
-        one, other = (plant.decide() for plant in plants)
-        if step > 2:
-            assert one == pytest.approx(other)
-            assert one == pytest.approx(plants[0].proposed.evidence["target"])
-
-
-def test_guard_skips_a_poisoned_step_and_says_so():
-    plant = RatioPlant(LBWGuard(), WIDE, gain=7.0)
-    for _ in range(20):
-        plant.decide()
-    plant.decide(loss=math.nan, nonfinite=1.0, grad_norm=math.nan)
-    assert (plant.proposed.regime, plant.proposed.directive) == ("non-finite", Directive.SKIP)
-
-
-def test_guard_skips_a_gradient_burst_with_its_evidence():
-    plant = RatioPlant(LBWGuard(), WIDE, gain=7.0)
-    for step in range(30):
-        plant.decide(grad_norm=1.0 + 0.1 * (-1) ** step)
-    plant.decide(grad_norm=100.0)
-    assert (plant.proposed.regime, plant.proposed.directive) == ("gradient-burst", Directive.SKIP)
-    assert plant.proposed.evidence["grad_norm"] == 100.0
-    plant.decide()
-    assert plant.proposed.directive is Directive.PROCEED
-
-
-def test_guard_skips_bad_batches_but_not_for_ever():
-    """Ten in a row at most: if the loss stays high the weights are to blame, and the alarms take over."""
-    plant = RatioPlant(LBWGuard(), WIDE, gain=7.0)
-    for step in range(30):
-        plant.decide(loss=5.0 + 0.05 * (-1) ** step)
-    plant.decide(loss=9.0)
-    assert (plant.proposed.regime, plant.proposed.directive) == ("bad-batch", Directive.SKIP)
-    plant.decide(loss=5.0)
-    assert plant.proposed.directive is Directive.PROCEED
-    regimes = []
-    for _ in range(14):
-        plant.decide(loss=9.0)
-        regimes.append(plant.proposed.regime)
-    assert regimes[:10] == ["bad-batch"] * 10
-    assert "bad-batch" not in regimes[10:]
-    plant.decide(loss=5.0)
-    plant.decide(loss=5.0)
-
-
-def test_guard_foresees_the_first_update_of_an_overshoot_and_leaves_the_rest_to_the_inner_loop():
-    """While v lags the inner loop holds the update itself: a cut at every alarm would only add to that."""
-    alarmed, calm = (RatioPlant(LBWGuard(), WIDE, gain=7.0) for _ in range(2))
-    for plant in (alarmed, calm):
-        for _ in range(30):
-            plant.decide()
-    assert alarmed.decide(surprise=10.0) == pytest.approx(calm.decide() * 1.3 / 10.0)
-    assert alarmed.proposed.regime == "overshoot"
-    for _ in range(20):
-        assert alarmed.decide(surprise=10.0) == pytest.approx(calm.decide(), rel=0.01)
-
-
-def test_guard_grows_cautious_on_a_loss_spike_and_recovers():
-    alarmed, calm = (RatioPlant(LBWGuard(), WIDE, gain=7.0) for _ in range(2))
-    for step in range(30):
-        loss = 5.0 + 0.05 * (-1) ** step
-        assert alarmed.decide(loss=loss) == calm.decide(loss=loss)
-    assert alarmed.decide(loss=5.8) < 0.9 * calm.decide()
-    assert alarmed.proposed.regime == "loss-spike"
-    for _ in range(30):
-        last = alarmed.decide(), calm.decide()
-    assert last[0] == pytest.approx(last[1], rel=0.05)
-
-
-def test_guard_asks_to_roll_back_a_lost_run_and_is_not_stuck_there():
-    plant = RatioPlant(LBWGuard(), WIDE, gain=7.0)
-    for step in range(40):
-        plant.decide(loss=3.0 + 0.05 * (-1) ** step)
-    regimes = []
-    for _ in range(20):
-        plant.decide(loss=9.0)
-        regimes.append(plant.proposed.directive)
-    assert Directive.ROLLBACK in regimes
-    for _ in range(40):
-        plant.decide(loss=3.0)
-    assert plant.proposed.regime in {"steady", "annealing", "holding-back", "raising"}
 
 
 # ---- the frozen policy
