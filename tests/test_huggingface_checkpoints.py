@@ -216,7 +216,7 @@ def test_ranks_resume_together(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         ledgers = [(tmp_path / name).read_text() for name in ("l.jsonl", "l.rank1.jsonl")]
-        results.append((ledgers, [torch.load(tmp_path / f"weights.{rank}.pt") for rank in (0, 1)]))
+        results.append((ledgers, [torch.load(tmp_path / f"weights.{rank}.pt", weights_only=True) for rank in (0, 1)]))
     (before, whole), (after, resumed) = results
     assert after == before
     assert [d["digest"] for d in decisions(tmp_path / "l.jsonl")] == [

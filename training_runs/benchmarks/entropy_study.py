@@ -17,7 +17,6 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -35,8 +34,7 @@ from lbw_rl.envs.recipe import Recipe, load_recipe, override
 from lbw_rl.envs.task import TrainingTask
 from lbw_rl.governor import Governor
 from lbw_rl.signals import Telemetry
-from lbw_rl.training_runs import compare
-from lbw_rl.training_runs.benchmarks.records import Rows, choose, fingerprint, machine, refuse_faults
+from lbw_rl.training_runs.benchmarks.records import Rows, choose, fingerprint, machine, refuse_faults, run_missing
 from lbw_rl.training_runs.folders import write_json
 
 BURST, BURST_EVERY, BURST_STEPS = 1e3, 50, 5
@@ -147,6 +145,9 @@ class Cell:
         """What identifies its row."""
         severity = (BURST, BURST_EVERY, BURST_STEPS, MEMORISED)
         return fingerprint([self.case, self.regime, severity, self.recipe.model_dump(mode="json")])
+
+    def __str__(self) -> str:
+        return f"{self.case} {self.regime} seed {self.recipe.train.seed}"
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
@@ -283,16 +284,7 @@ def study(
     ]
     folder = Path(folder)
     rows = Rows(folder / "results.jsonl")
-    missing = [cell for cell in cells if rows.get(cell.key) is None]
-    if missing:
-        with compare._executor("local", min(workers, len(missing))) as submit:
-            pending = {submit(run_cell, cell): cell for cell in missing}
-            for done, future in enumerate(as_completed(pending), len(cells) - len(missing) + 1):
-                cell = pending[future]
-                rows.add(cell.key, future.result())
-                if progress is not None:
-                    progress(done, len(cells), f"{cell.case} {cell.regime} seed {cell.recipe.train.seed}")
-    finished = [row for cell in cells if (row := rows.get(cell.key)) is not None]
+    finished = run_missing(cells, run_cell, rows, workers=workers, progress=progress)
     results = {
         "benchmark": "entropy-study",
         "machine": machine(threads=1),

@@ -17,7 +17,6 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -32,7 +31,15 @@ from lbw_rl.envs.task import TrainingTask
 from lbw_rl.governor import Governor
 from lbw_rl.last_good import HEALTHY_REGIMES
 from lbw_rl.training_runs import compare
-from lbw_rl.training_runs.benchmarks.records import Rows, choose, fingerprint, machine, median_interval, refuse_faults
+from lbw_rl.training_runs.benchmarks.records import (
+    Rows,
+    choose,
+    fingerprint,
+    machine,
+    median_interval,
+    refuse_faults,
+    run_missing,
+)
 from lbw_rl.training_runs.folders import write_json
 from lbw_rl.training_runs.intervals import judge
 
@@ -164,6 +171,9 @@ class Cell:
         severity = (FAULT_AT, BURST, CORRUPTED_BATCHES, LR_JUMP)
         return fingerprint([self.fault, severity, self.arm, self.controller, self.recipe.model_dump(mode="json")])
 
+    def __str__(self) -> str:
+        return f"{self.fault} {self.arm} seed {self.recipe.train.seed}"
+
 
 def run_cell(cell: Cell) -> dict[str, Any]:
     """Trains once, with the fault at `FAULT_AT` of the run.
@@ -279,18 +289,7 @@ def benchmark(
     ]
     folder = Path(folder)
     rows = Rows(folder / "results.jsonl")
-    missing = [cell for cell in cells if rows.get(cell.key) is None]
-    done = len(cells) - len(missing)
-    if missing:
-        with compare._executor("local", min(workers, len(missing))) as submit:
-            pending = {submit(run_cell, cell): cell for cell in missing}
-            for future in as_completed(pending):
-                cell = pending[future]
-                rows.add(cell.key, future.result())
-                done += 1
-                if progress is not None:
-                    progress(done, len(cells), f"{cell.fault} {cell.arm} seed {cell.recipe.train.seed}")
-    finished = [row for cell in cells if (row := rows.get(cell.key)) is not None]
+    finished = run_missing(cells, run_cell, rows, workers=workers, progress=progress)
     results = {
         "benchmark": "faults",
         "machine": machine(threads=1),

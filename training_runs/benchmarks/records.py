@@ -6,14 +6,16 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import as_completed
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from lbw_rl.training_runs import compare
 from lbw_rl.training_runs.folders import read_jsonl
 
 VERSIONS = ("lbw-rl", "torch", "transformers", "numpy")
@@ -75,6 +77,54 @@ class Rows:
             file.write(line + "\n")
         self._rows[key] = json.loads(line)  # as a resumed benchmark will read it
         return self._rows[key]
+
+
+class Cell(Protocol):
+    """One run of a benchmark; picklable, for it goes to another process."""
+
+    @property
+    def key(self) -> str:
+        """What identifies its row."""
+        ...
+
+    def __str__(self) -> str:
+        """What progress calls it."""
+        ...
+
+
+C = TypeVar("C", bound=Cell)
+
+
+def run_missing(
+    cells: Sequence[C],
+    run: Callable[[C], dict[str, Any]],
+    rows: Rows,
+    *,
+    workers: int,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Runs the cells that have no row yet, each in a process with one torch thread.
+
+    Args:
+        cells: in the order of the benchmark.
+        run: a module's function, cell → row.
+        rows: where finished ones are, and go.
+        workers: processes.
+        progress: told (cells finished, cells in all, the latest).
+
+    Returns:
+        The rows of all cells, in their order.
+    """
+    missing = [cell for cell in cells if rows.get(cell.key) is None]
+    if missing:
+        with compare._executor("local", min(workers, len(missing))) as submit:
+            pending = {submit(run, cell): cell for cell in missing}
+            for done, future in enumerate(as_completed(pending), len(cells) - len(missing) + 1):
+                cell = pending[future]
+                rows.add(cell.key, future.result())
+                if progress is not None:
+                    progress(done, len(cells), str(cell))
+    return [row for cell in cells if (row := rows.get(cell.key)) is not None]
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
