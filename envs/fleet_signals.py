@@ -89,7 +89,8 @@ class FleetProbe:
         # A poisoned gradient never becomes the reference.
         self._gradient[index] = torch.where(poisoned, self._gradient[index], gradient)
         known = self._mean[index]
-        moved = torch.where(known.isnan(), gradient, known + MEAN_WEIGHT * (gradient - known))
+        moved = known + MEAN_WEIGHT * (gradient - known)
+        moved = torch.where(moved.isfinite().all(1, keepdim=True), moved, gradient)  # unknown before, or an overflow
         self._mean[index] = torch.where(poisoned, known, moved)
         part = {k: np.where(np.isfinite(v), v, np.nan) for k, v in part.items()}
         measured = {k: np.full(self.fleet.n, np.nan) for k in (*part, "nonfinite")}

@@ -281,7 +281,10 @@ class Probe:
     def remember(self, gradient: Vector) -> None:
         """Takes a healthy gradient as what the next one is compared with; a poisoned one must never become it."""
         self._gradient = gradient
-        self._mean = gradient if self._mean is None else self._mean + MEAN_WEIGHT * (gradient - self._mean)
+        before = gradient if self._mean is None else self._mean
+        with np.errstate(over="ignore"):
+            mean = before + MEAN_WEIGHT * (gradient - before)
+        self._mean = mean if np.isfinite(mean).all() else gradient  # an overflow would stay for ever
 
     def state_dict(self) -> dict[str, Any]:
         """The reference gradients and the last update: what the next measurement compares with."""

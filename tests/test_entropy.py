@@ -224,3 +224,12 @@ def test_a_poisoned_gradient_never_enters_the_mean_that_directions_are_compared_
     assert "grad_entropy_direction" not in probe.measure()
     backward(0)
     assert probe.measure()["grad_entropy_direction"] == 0.0  # the same gradient again: it goes straight on
+
+
+def test_a_mean_that_overflows_starts_anew():
+    p = torch.nn.Parameter(torch.ones(8, 8))
+    probe = Measuring(torch.optim.SGD([p], lr=0.0))
+    for value in (3e38, -3e38, -1.0, -1.0):
+        p.grad = torch.full((8, 8), value)
+        signals = probe.measure()
+    assert signals["grad_entropy_direction"] == 0.0
