@@ -23,8 +23,8 @@ _LOWEST_BIN = -24
 def softmax_entropy(gradient: Vector) -> float:
     """H(softmax(|g|)) / log n: the estimator of EntroPIC's source text.
 
-    Gradients are far below 1, so softmax sees n nearly equal numbers and this reads 0.9995 to 1 whatever the run does (docs/entropy.md).
-    It is not invariant to scale: the gradient must be unscaled.
+    Gradients are far below 1, so softmax sees n nearly equal numbers and this reads 0.9995 to 1 whatever the run does
+    (docs/entropy.md). It is not invariant to scale: the gradient must be unscaled.
 
     Args:
         gradient: shape (n,).
