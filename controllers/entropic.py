@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from lbw_rl.action import Action, Directive
+from lbw_rl.action import NEUTRAL, Action, Directive
 from lbw_rl.controller import Context, Controller
 from lbw_rl.entropy import ESTIMATORS
 from lbw_rl.entropy_record import EntropyRecord, Target
+from lbw_rl.recorder import brief, unbrief
 from lbw_rl.safe_mode import SafeMode
 from lbw_rl.setpoint import DISPLACEMENT, RatioPlant, falling, ratio_level
 from lbw_rl.signals import Telemetry
@@ -24,8 +26,8 @@ _TOSS = (0.9, 0.98)
 """Direction entropies between which a low entropy begins to count, and counts in full (law "setpoint")."""
 LOW, HIGH = 0.9, 1.1
 """H/H* below and above which the source's law acts, and which name the regimes."""
-_THRESHOLD = {"low-entropy": (0.8, 1.2), "high-entropy": (1.2, 0.9)}
-"""The source's scales of learning rate and momentum, elsewhere 1."""
+_THRESHOLD = ((0.8, 1.2), (1.2, 0.9))
+"""The source's scales of learning rate and momentum, below and above; elsewhere 1."""
 MICRO_BELOW, MICRO_SCALE = 0.8, 1.15
 """The source's micro level: a tensor whose entropy is 20 % under target gets 15 % more learning rate."""
 
@@ -55,8 +57,8 @@ class EntroPIC(Controller):
         estimator: which entropy is H, of `lbw_rl.entropy.ESTIMATORS`.
         target: H* in (0, 1]; "auto": the mean of the entropy's own history; None: `HEALTHY` for the estimator "element",
             else "auto".
-        recalibrate: decisions after which an automatic target is taken anew.
-        warmup: decisions before the first automatic target.
+        recalibrate: healthy decisions after which an automatic target is taken anew.
+        warmup: healthy decisions before the first automatic target.
         half_life: decisions after which an entry of the history weighs half.
         smoothing: decisions of the moving average.
         kp, ki: proportional and integral gain, per decision; None: 1 and 0.01 for "pi", 4 and 0.2 for "setpoint".
@@ -124,6 +126,7 @@ class EntroPIC(Controller):
         self.law, self.estimator, self.target, self.micro = law, estimator, target, micro
         (self.kp, self.ki, self.gain), self.displacement = gains, displacement
         self.hand_over_below, self.patience = hand_over_below, patience
+        self._top = 0.0 if law == "setpoint" else 1.0  # of α: the set-point is only cut
         self.group_entropy = estimator if micro else None
         self._signal = ESTIMATORS[estimator][0]
         self._record_options = (target, smoothing, half_life, warmup, recalibrate)
@@ -141,7 +144,7 @@ class EntroPIC(Controller):
         self._integral = self._alpha = 0.0
         self._low = 0  # decisions in a row below `hand_over_below`
         self._handed_over = False
-        self._last_scale = 1.0
+        self._last = NEUTRAL
 
     def _new_record(self) -> EntropyRecord:
         return EntropyRecord(*self._record_options)
@@ -153,8 +156,9 @@ class EntroPIC(Controller):
             return self._withheld("non-finite", {"nonfinite": 1.0}, Directive.SKIP)
         entropy = getattr(telemetry, self._signal)
         self._observe(telemetry, entropy)
-        ratio = self._record.ratio
-        regime = _regime(ratio, entropy)
+        # An old value must not be judged again and again.
+        ratio = self._record.ratio if math.isfinite(entropy) else math.nan
+        regime = self._regime(ratio, entropy)
         evidence = self._evidence()
         directive = self._safe_mode(ratio) if self._safe_mode is not None else Directive.PROCEED
         if directive is not Directive.PROCEED:
@@ -162,9 +166,9 @@ class EntroPIC(Controller):
         self._watch_for_hand_over(ratio)
         lr, momentum = 1.0, 1.0
         if self.law == "threshold":
-            lr, momentum = _THRESHOLD.get(regime, (1.0, 1.0))
+            lr, momentum = _THRESHOLD[0] if ratio < LOW else _THRESHOLD[1] if ratio > HIGH else (1.0, 1.0)
         else:
-            if math.isfinite(entropy) and math.isfinite(ratio):
+            if math.isfinite(ratio):
                 self._alpha = self._corrected(ratio)
             lr = math.exp(self.gain * self._alpha)
             evidence["alpha"] = self._alpha
@@ -176,8 +180,7 @@ class EntroPIC(Controller):
             else:
                 lr = scale
                 evidence |= {"update_ratio": telemetry.update_ratio, "ratio_target": target}
-        self._last_scale = lr
-        return Action(
+        self._last = Action(
             lr_scale=lr,
             group_lr_scales=self._group_scales(telemetry.group_grad_entropy),
             momentum_scale=momentum,
@@ -185,15 +188,20 @@ class EntroPIC(Controller):
             regime=regime,
             evidence={k: v for k, v in evidence.items() if math.isfinite(v)},
         )
+        return self._last
 
     def _withheld(self, regime: str, evidence: dict[str, float], directive: Directive) -> Action:
-        return Action(lr_scale=self._last_scale, directive=directive, regime=regime, evidence=evidence)
+        """The last action with another directive: where the authority denies it, the run goes on as it did."""
+        return replace(self._last, directive=directive, regime=regime, evidence=evidence)
 
     def _observe(self, telemetry: Telemetry, entropy: float) -> None:
         if math.isfinite(entropy):
             target = self._record.target
-            outside = self._safe_mode is not None and target is not None and self._safe_mode.outside(entropy / target)
-            self._record.update(entropy, healthy=not outside)
+            safe = self._safe_mode
+            # Once disarmed, what lies outside counts: a run that has moved for good needs a target that follows.
+            anomalous = safe is not None and safe.armed and target is not None and safe.outside(entropy / target)
+            if self._record.update(entropy, healthy=not anomalous):
+                self._integral = 0.0  # it was gathered against the old target
         if math.isfinite(telemetry.grad_entropy_direction):
             self._direction.update(telemetry.grad_entropy_direction)
 
@@ -204,14 +212,12 @@ class EntroPIC(Controller):
     def _corrected(self, ratio: float) -> float:
         """α of the PI law, with anti-windup: a saturated output integrates only inwards."""
         error = math.log(max(ratio, 1e-6))
-        top = 1.0
-        if self.law == "setpoint":
-            top = 0.0
-            error *= self._tossed() if error < 0 else 1.0
+        if self.law == "setpoint" and error < 0:
+            error *= self._tossed()
         alpha = self.kp * error + self._integral
-        if (alpha > -1.0 or error > 0) and (alpha < top or error < 0):
+        if (alpha > -1.0 or error > 0) and (alpha < self._top or error < 0):
             self._integral += self.ki * error
-        return min(top, max(-1.0, self.kp * error + self._integral))
+        return min(self._top, max(-1.0, self.kp * error + self._integral))
 
     def _tossed(self) -> float:
         """How far the gradient's direction is a coin toss, in [0, 1]; 0 before it is known."""
@@ -219,10 +225,20 @@ class EntroPIC(Controller):
         share = (self._direction.smoothed - low) / (high - low)
         return min(1.0, max(0.0, share)) if math.isfinite(share) else 0.0
 
+    def _regime(self, ratio: float, entropy: float) -> str:
+        if not math.isfinite(entropy):
+            return "no-signal"
+        if not math.isfinite(ratio):
+            return "calibrating"
+        if self._safe_mode is not None and self._safe_mode.outside(ratio):
+            return "out-of-band"
+        return "low-entropy" if ratio < LOW else "high-entropy" if ratio > HIGH else "steady"
+
     def _watch_for_hand_over(self, ratio: float) -> None:
         if self.hand_over_below is None or self._handed_over:
             return
-        self._low = self._low + 1 if ratio < self.hand_over_below else 0
+        if math.isfinite(ratio):
+            self._low = self._low + 1 if ratio < self.hand_over_below else 0
         self._handed_over = self._low >= self.patience
 
     def _group_scales(self, entropies: tuple[float, ...]) -> tuple[float, ...]:
@@ -252,7 +268,7 @@ class EntroPIC(Controller):
             "alpha": self._alpha,
             "low": self._low,
             "handed_over": self._handed_over,
-            "last_scale": self._last_scale,
+            "last": brief(self._last),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -265,7 +281,8 @@ class EntroPIC(Controller):
         self._plant.load_state_dict(state["plant"])
         if self._safe_mode is not None and state["safe_mode"] is not None:
             self._safe_mode.load_state_dict(state["safe_mode"])
-        self._integral, self._alpha, self._last_scale = state["integral"], state["alpha"], state["last_scale"]
+        self._integral, self._alpha = state["integral"], min(self._top, state["alpha"])
+        self._last = unbrief(state["last"])
         self._low, self._handed_over = state["low"], state["handed_over"]
 
 
@@ -280,11 +297,3 @@ def _checked_band(band: Any) -> tuple[float, float] | None:
     if len(pair) != 2 or not all(_is_number(v) for v in pair) or not 0 <= pair[0] < 1 < pair[1]:
         raise ValueError(f"entropic.band: {band!r} must be (low, high) with 0 <= low < 1 < high, or None")
     return float(pair[0]), float(pair[1])
-
-
-def _regime(ratio: float, entropy: float) -> str:
-    if not math.isfinite(entropy):
-        return "no-signal"
-    if not math.isfinite(ratio):
-        return "calibrating"
-    return "low-entropy" if ratio < LOW else "high-entropy" if ratio > HIGH else "steady"

@@ -55,6 +55,7 @@ class Deliberation:
         enforcer: the authority in force.
         sgd_rate: Λ, without which no step is handed over to SGD; kept up to date here.
         fault: told (source, error).
+        decide_every: optimizer steps per decision.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class Deliberation:
         enforcer: Enforcer,
         sgd_rate: SgdRate,
         fault: Callable[[str, Exception], None],
+        decide_every: int = 1,
     ) -> None:
+        self._decide_every = decide_every
         self._optimizer, self._controller = optimizer, controller
         self._enforcer, self._sgd_rate = enforcer, sgd_rate
         self._fault = fault
@@ -111,6 +114,8 @@ class Deliberation:
     def _no_hand_over(self, proposed: Any) -> str | None:
         if not isinstance(proposed, Action) or not proposed.hand_over:
             return None  # nobody asks
+        if self._decide_every > 1:  # Λ cannot be measured, nor a burst be seen between two decisions
+            return f"decide_every is {self._decide_every}; a hand-over needs 1"
         return impossible(self._optimizer) or self._sgd_rate.unknown
 
     def rolled_back(self) -> None:

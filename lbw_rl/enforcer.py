@@ -100,8 +100,7 @@ class Enforcer:
         action, reasons = self._permitted(_plain(proposed), late)
         action, more = self.authority.clip(action, self.lr_scale)
         reasons += more
-        if action.group_lr_scales:
-            action = replace(action, group_lr_scales=self._clip_groups(action, reasons))
+        action = self._clip_groups(action, reasons, groups)
         if action.directive is Directive.ROLLBACK and (denied := self._rollback_denied(restorable)):
             action = replace(action, directive=Directive.PROCEED)
             reasons.append(denied)
@@ -136,20 +135,30 @@ class Enforcer:
             reasons.append("skip came late: the telemetry is that of an earlier step")
         return action, reasons
 
-    def _clip_groups(self, action: Action, reasons: list[str]) -> tuple[float, ...]:
-        """The groups' multiples, so that each group's whole scale keeps to the range and the slew limit."""
+    def hold(self, action: Action, groups: int) -> Action:
+        """An action of an earlier run, in whose authority it was, held to this one's."""
+        held, reasons = self.authority.clip(action, self.lr_scale)
+        return self._clip_groups(held, reasons, groups)
+
+    def _clip_groups(self, action: Action, reasons: list[str], groups: int | None = None) -> Action:
+        """The groups' multiples, so that each group's whole scale keeps to the range and the slew limit.
+
+        An action without any means 1 for each: a group that was cut comes back no faster than that.
+        """
+        count = groups or len(action.group_lr_scales) or len(self._group_lr_scales)
+        asked = action.group_lr_scales or (1.0,) * count
+        previous = self._group_lr_scales if len(self._group_lr_scales) == len(asked) else (1.0,) * len(asked)
+        if not action.group_lr_scales and set(previous) <= {1.0}:
+            return action
         low, high = self.authority.lr_scale
-        previous = self._group_lr_scales
-        if len(previous) != len(action.group_lr_scales):
-            previous = (1.0,) * len(action.group_lr_scales)
         clipped = []
-        for scale, before in zip(action.group_lr_scales, previous):
+        for scale, before in zip(asked, previous):
             ceiling = min(high, max(self.lr_scale * before, low) * self.authority.slew_up)
             whole = min(ceiling, max(low, action.lr_scale * scale))
             clipped.append(scale if whole == action.lr_scale * scale else whole / action.lr_scale)
-        if tuple(clipped) != action.group_lr_scales:
+        if tuple(clipped) != asked:
             reasons.append(f"group_lr_scales held to [{low:g}, {high:g}] and the slew limit")
-        return tuple(clipped)
+        return replace(action, group_lr_scales=() if set(clipped) <= {1.0} else tuple(clipped))
 
     def may_skip(self) -> bool:
         """Whether the budget of skips has one left."""
@@ -171,10 +180,13 @@ class Enforcer:
     def _fail_open(self, regime: str, reasons: list[str]) -> Ruling:
         # Letting go obeys the slew limit too: a jump from a deep cut to the full rate would be a spike of our making.
         action, held = self.authority.clip(NEUTRAL, self.lr_scale)
+        action = self._clip_groups(action, held)
         return self._settle(replace(action, regime=regime), reasons + held)
 
     def _settle(self, action: Action, reasons: list[str]) -> Ruling:
-        self.lr_scale, self._group_lr_scales = action.lr_scale, action.group_lr_scales
+        self.lr_scale = action.lr_scale
+        if action.directive is Directive.PROCEED:  # else nothing is executed: no group has climbed
+            self._group_lr_scales = action.group_lr_scales
         if action.directive is Directive.SKIP:
             self._skips.append(self.decisions)
         elif action.directive is Directive.ROLLBACK:

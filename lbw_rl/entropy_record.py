@@ -19,8 +19,8 @@ class EntropyRecord:
         target: H* in (0, 1]; "auto": the history's mean, first after `warmup` entries and again every `recalibrate`.
         smoothing: entries of the moving average.
         half_life: entries after which one weighs half as much in the history.
-        warmup: entries before the first automatic target.
-        recalibrate: entries between two automatic targets.
+        warmup: healthy entries before the first automatic target.
+        recalibrate: healthy entries between two automatic targets.
     """
 
     def __init__(self, target: Target, smoothing: int, half_life: float, warmup: int, recalibrate: int) -> None:
@@ -31,15 +31,21 @@ class EntropyRecord:
         self._recent: deque[float] = deque(maxlen=smoothing)
         self._history = ExponentialMean(half_life)
 
-    def update(self, entropy: float, *, healthy: bool = True) -> None:
-        """Takes in one finite value; what is not healthy stays out of the history, and so out of the target."""
+    def update(self, entropy: float, *, healthy: bool = True) -> bool:
+        """Takes in one finite value; what is not healthy stays out of the history, and so out of the target.
+
+        Returns:
+            Whether an automatic target has been taken from the history just now.
+        """
         self._recent.append(entropy)
         if not healthy:
-            return
+            return False
         self._history.update(entropy)
         since = self._history.count - self._warmup
-        if self._auto and since >= 0 and since % self._recalibrate == 0:
-            self.target = max(self._history.mean, 1e-3)
+        if not self._auto or since < 0 or since % self._recalibrate:
+            return False
+        self.target = max(self._history.mean, 1e-3)
+        return True
 
     @property
     def smoothed(self) -> float:
@@ -63,4 +69,5 @@ class EntropyRecord:
         """Restores `state_dict`."""
         self._recent = deque(state["recent"], maxlen=self._recent.maxlen)
         self._history.load_state_dict(state["history"])
-        self.target = state["target"]
+        if self._auto:  # a fixed one is the caller's
+            self.target = state["target"]

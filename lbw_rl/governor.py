@@ -129,7 +129,9 @@ class Governor:
         self.last_ruling = Ruling(NEUTRAL)
         self._enforcer = Enforcer(self.authority, mode)
         self._sgd_rate = SgdRate()
-        self._deliberation = Deliberation(optimizer, self.controller, self._enforcer, self._sgd_rate, self._fault)
+        self._deliberation = Deliberation(
+            optimizer, self.controller, self._enforcer, self._sgd_rate, self._fault, self.context.decide_every
+        )
         self._execution = Execution(optimizer, self._sgd_rate, self._fault)
         moved: dict[str, Stateful] = {
             "controller": self.controller,
@@ -425,9 +427,9 @@ class Governor:
         self._sgd_rate.load_state_dict(state["sgd_rate"])
         if self._measurement is not None and state["measurement"] is not None:
             self._measurement.load_state_dict(state["measurement"], own=own)
-        self._execution.executed = executed = unbrief(state["executed"])
+        self._execution.executed = unbrief(state["executed"])
         # The state may come from a run with wider authority, or from one in another mode.
-        held = self.authority.clip(unbrief(state["held"]), executed.lr_scale)[0]
+        held = self._enforcer.hold(unbrief(state["held"]), len(self.optimizer.param_groups))
         self._execution.held = held if self.mode in ("lr", "govern") else NEUTRAL
         self._ahead = None
         self._armed = state["armed"]

@@ -11,7 +11,7 @@ from lbw_rl.snapshot import Snapshot
 from lbw_rl.stages import Mode
 
 HEALTHY_REGIMES = frozenset(
-    {"steady", "calibrating", "annealing", "raising", "holding-back", "high-entropy", "learned"}
+    {"steady", "calibrating", "annealing", "raising", "holding-back", "low-entropy", "high-entropy", "learned"}
 )
 """Regimes in which a state may be kept as the last good one."""
 

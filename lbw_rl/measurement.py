@@ -180,7 +180,8 @@ class Measurement:
         self.observer.step_done()
 
     def forget(self) -> None:
-        """After a rollback: the last step and the last gradient were those of another history."""
+        """After a rollback: the last step, the last gradient and what is on its way are those of another history."""
+        self._pending = None
         self.probe.forget()
         self.rate_meter.forget()
 

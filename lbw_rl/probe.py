@@ -263,13 +263,19 @@ class Probe:
         return signals
 
     def group_entropies(self, gradient: Vector) -> tuple[float, ...]:
-        """The chosen estimator of each parameter group alone, NaN for a group without weight matrices; () for none."""
+        """The chosen estimator of each parameter group alone; () for none.
+
+        NaN for a group without weight matrices, and for one that had no gradient.
+        """
         if self._group_entropy is None:
             return ()
         _, estimate = ESTIMATORS[self._group_entropy]
         sampled = self._sampled(gradient)
         with np.errstate(all="ignore"):
-            return tuple(estimate(sampled.part(*r)) if r else math.nan for r in self._group_ranges)
+            # Zeros alone: the group took no part in this step.
+            return tuple(
+                estimate(sampled.part(*r)) if r and gradient[slice(*r)].any() else math.nan for r in self._group_ranges
+            )
 
     def _sampled(self, gradient: Vector) -> Sampled:
         return Sampled(gradient, self._mean, self._starts, self._multiplicity)

@@ -65,7 +65,7 @@ class Recorder:
         elif action.directive is Directive.ROLLBACK:
             self.counts["rollbacks"] += 1
         self.counts["hand_overs"] += action.hand_over
-        scaled = action.lr_scale != 1.0 or action.momentum_scale != 1.0
+        scaled = any(scale != 1.0 for scale in (action.lr_scale, action.momentum_scale, *action.group_lr_scales))
         if action.directive is not Directive.PROCEED or scaled or action.hand_over:
             self.counts["interventions"] += 1
 

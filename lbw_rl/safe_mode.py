@@ -12,13 +12,14 @@ from lbw_rl.action import Directive
 class SafeMode:
     """Watches a ratio that belongs in a band around 1.
 
-    Outside of it `pause` updates are skipped; if the ratio is still outside, one rollback is asked for. Then it is
+    Outside of it `pause` decisions skip their update; if the ratio is still outside, one rollback is asked for. Then it is
     disarmed for `cooldown` decisions and until the ratio has been inside again, so that a run which never comes back is
     neither stopped for ever nor rolled back again and again. How often it may act at all is the authority's business.
 
     Args:
         band: (low, high) of the ratio, low < 1 < high.
-        pause: updates skipped before a rollback is asked for.
+        pause: decisions that skip before a rollback is asked for. Of several steps per decision only the first is skipped,
+            and with late telemetry none.
         cooldown: decisions after it during which nothing is asked for.
     """
 
@@ -43,6 +44,11 @@ class SafeMode:
             return Directive.SKIP
         self.disarm()
         return Directive.ROLLBACK
+
+    @property
+    def armed(self) -> bool:
+        """Whether leaving the band would be answered."""
+        return self._armed
 
     def outside(self, ratio: float) -> bool:
         """Whether a ratio lies outside of the band; NaN does not."""

@@ -139,6 +139,49 @@ def test_nothing_that_a_controller_says_or_raises_leaves_the_authority(authority
     assert enforcer.faults <= authority.suspend_after
 
 
+GROUPED = st.one_of(
+    st.builds(
+        Action,
+        lr_scale=st.floats(0, 1e4),
+        group_lr_scales=st.sampled_from([(), (1.0, 1.0), (100.0, 1.0), (1e-3, 1.0), (0.5, 2.0), (0.0, 1e4)]),
+        directive=st.sampled_from([Directive.PROCEED, Directive.PROCEED, Directive.SKIP]),
+    ),
+    st.just(None),  # a fault
+)
+
+
+@given(AUTHORITIES, st.lists(GROUPED, max_size=30))
+def test_no_group_s_whole_scale_leaves_the_range_or_rises_faster_than_the_slew_limit(authority, proposals):
+    enforcer, before = Enforcer(authority), (1.0, 1.0)
+    low, high = authority.lr_scale
+    for proposed in proposals:
+        action = enforcer.rule(proposed, groups=2).action
+        if action.directive is not Directive.PROCEED:
+            continue
+        whole = tuple(action.lr_scale * g for g in action.group_lr_scales or (1.0, 1.0))
+        for now, was in zip(whole, before, strict=True):
+            assert low * (1 - 1e-9) <= now <= high * (1 + 1e-9)
+            assert now <= max(was, low) * authority.slew_up * (1 + 1e-9)
+        before = whole
+
+
+def test_a_group_that_was_cut_comes_back_no_faster_when_the_action_has_no_groups_or_the_controller_fails():
+    for after in (Action(), None):
+        enforcer = Enforcer(Authority())
+        enforcer.rule(Action(group_lr_scales=(0.01, 1.0)), groups=2)
+        ruling = enforcer.rule(after, groups=2)
+        assert ruling.action.group_lr_scales == pytest.approx((0.015, 1.0))
+        assert any("slew limit" in reason for reason in ruling.reasons)
+        for _ in range(20):
+            action = enforcer.rule(Action(), groups=2).action
+        assert action.group_lr_scales == ()
+
+
+def test_a_state_of_wider_authority_is_held_to_this_one_s():
+    held = Enforcer(Authority(lr_scale=(0.5, 1.0))).hold(Action(group_lr_scales=(100.0, 1e-3)), groups=2)
+    assert held.group_lr_scales == (1.0, 0.5)
+
+
 @given(AUTHORITIES, SANE_ACTIONS, st.floats(1e-4, 1e4))
 def test_clipping_twice_changes_nothing_more(authority, action, previous):
     once, _ = authority.clip(action, previous)

@@ -648,7 +648,7 @@ def test_the_alarms_are_those_of_the_shipped_rules():
 
     rows = [line.split("|")[1] for line in (LBWGuard.__doc__ or "").splitlines() if line.strip().startswith("| ")]
     named = {name.strip() for row in rows for name in row.split("/")} - {"regime"}
-    of_entropic = {"safe-mode", "high-entropy"}
+    of_entropic = {"safe-mode", "out-of-band", "low-entropy", "high-entropy"}
     assert named | of_entropic == ALARMS | (HEALTHY_REGIMES - {"learned"})
 
 

@@ -10,6 +10,7 @@ from lbw_rl.controllers.entropic import HEALTHY, EntroPIC
 from lbw_rl.enforcer import Enforcer
 from lbw_rl.entropy import ESTIMATORS
 from lbw_rl.entropy_record import EntropyRecord
+from lbw_rl.last_good import HEALTHY_REGIMES
 from lbw_rl.safe_mode import SafeMode
 from lbw_rl.setpoint import ratio_level
 
@@ -299,11 +300,69 @@ def test_safe_mode_of_a_run_that_never_recovers_is_bounded_by_itself_and_by_the_
     assert sum(d is Directive.PROCEED for d in done) > len(done) / 2
 
 
-def test_what_lies_outside_of_the_band_stays_out_of_an_automatic_target():
-    options = {"law": "threshold", "target": "auto", "warmup": 4, "recalibrate": 4, "smoothing": 1, "half_life": 1.0}
-    controller = EntroPIC(**options, band=(0.8, 1.2), pause=1, cooldown=1)
-    targets = [a.evidence.get("target") for a in entropies(controller, [0.5] * 4 + [0.1, 0.9] * 10 + [0.5] * 4)]
+AUTO = {"law": "threshold", "target": "auto", "warmup": 4, "recalibrate": 4, "smoothing": 1, "half_life": 1.0}
+
+
+def test_what_leaves_the_band_stays_out_of_an_automatic_target():
+    controller = EntroPIC(**AUTO, band=(0.8, 1.2), pause=1, cooldown=1)
+    targets = [a.evidence.get("target") for a in entropies(controller, [0.5] * 4 + [0.1, 0.5, 0.5, 0.9, 0.5] * 10)]
     assert targets[-1] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("moved", [0.3, 0.8])
+def test_a_run_that_has_left_the_band_for_good_gets_a_target_that_follows(moved):
+    controller = EntroPIC(**AUTO, band=(0.8, 1.2), pause=2, cooldown=3)
+    last = entropies(controller, [0.5] * 4 + [moved] * 40)[-1]
+    assert last.evidence["target"] == pytest.approx(moved, rel=1e-3)
+    assert (last.directive, last.regime, last.lr_scale) == (Directive.PROCEED, "steady", 1.0)
+    assert controller.state_dict()["safe_mode"]["armed"]
+
+
+def test_outside_of_the_band_while_disarmed_is_a_regime_in_which_no_state_is_kept():
+    controller = EntroPIC(law="threshold", target=0.5, smoothing=1, band=(0.8, 1.2), pause=1, cooldown=50)
+    regimes = [a.regime for a in entropies(controller, [0.5, 0.3, 0.3, 0.3, 0.7, 0.44])]
+    assert regimes == ["steady", "safe-mode", "safe-mode", "out-of-band", "out-of-band", "low-entropy"]
+    assert "out-of-band" not in HEALTHY_REGIMES
+    assert "low-entropy" in HEALTHY_REGIMES  # within the band: else a rollback would lead back to long ago
+
+
+@pytest.mark.parametrize("law", ["pi", "setpoint"])
+def test_a_target_that_is_taken_anew_starts_the_integral_anew(law):
+    controller = EntroPIC(law=law, target="auto", warmup=5, recalibrate=50, half_life=2.0, smoothing=1, ki=0.5)
+    run = entropies(controller, [0.7] * 5 + [0.6] * 50, grad_entropy_direction=0.995, learning_rate=1e-3)
+    assert run[40].evidence["alpha"] < -0.5
+    assert run[-1].evidence["target"] == pytest.approx(0.6, rel=1e-3)
+    assert run[-1].evidence["alpha"] == pytest.approx(0.0, abs=1e-2)
+
+
+def test_one_old_value_is_not_judged_again_while_there_is_no_signal():
+    controller = EntroPIC(law="pi", target=0.5, band=(0.8, 1.2), pause=1, hand_over_below=0.9, patience=3)
+    entropies(controller, [0.45])
+    silent = [controller.act(Telemetry()) for _ in range(20)]
+    assert {(a.directive, a.hand_over, a.regime) for a in silent} == {(Directive.PROCEED, False, "no-signal")}
+
+
+def test_where_a_skip_is_denied_the_run_goes_on_as_it_did():
+    controller = EntroPIC(
+        law="threshold", target=0.5, smoothing=1, micro=True, hand_over_below=0.9, patience=1, estimator="element"
+    )
+    controller.reset(Context(groups=("a", "b")))
+    before = controller.act(Telemetry(grad_entropy_element=0.4, group_grad_entropy=(0.3, 0.6)))
+    skip = controller.act(Telemetry(nonfinite=1.0))
+    assert (before.group_lr_scales, before.momentum_scale, before.hand_over) == ((1.15, 1.0), 1.2, True)
+    assert skip.directive is Directive.SKIP
+    assert (skip.lr_scale, skip.group_lr_scales) == (before.lr_scale, before.group_lr_scales)
+    assert (skip.momentum_scale, skip.hand_over) == (1.2, True)
+
+
+def test_a_loaded_state_leaves_a_fixed_target_and_the_law_s_own_bounds():
+    controller = EntroPIC(target=0.6)
+    controller.load_state_dict(EntroPIC(target="auto", warmup=50).state_dict())
+    assert entropies(controller, [0.6])[0].evidence["target"] == 0.6
+    raising = EntroPIC(law="pi", target=0.1, ki=1.0)
+    entropies(raising, [0.9] * 5)
+    controller.load_state_dict(raising.state_dict())
+    assert controller.act(Telemetry()).evidence["alpha"] == 0.0
 
 
 def test_after_a_rollback_it_compares_only_what_comes_now():

@@ -209,6 +209,18 @@ def test_groups_are_measured_one_by_one_where_a_controller_asks(make_lm, tokens)
     assert Probe(optimizer, 10**6).group_entropies(packed.unpack(packed.values.numpy())["gradient"]) == ()
 
 
+def test_a_group_that_took_no_part_in_a_step_has_no_entropy():
+    from lbw_rl.probe import Probe
+
+    used, idle = (torch.nn.Parameter(torch.ones(8, 8)) for _ in range(2))
+    used.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    probe = Probe(torch.optim.SGD([{"params": [used]}, {"params": [idle]}], lr=0.1), group_entropy="element")
+    packed = probe.pack(None, None, None)
+    first, second = probe.group_entropies(packed.unpack(packed.values.numpy())["gradient"])
+    assert 0.0 < first < 1.0
+    assert math.isnan(second)
+
+
 def test_a_poisoned_gradient_never_enters_the_mean_that_directions_are_compared_with(make_mlp):
     model = make_mlp()
     probe = Measuring(torch.optim.SGD(model.parameters(), lr=0.0))

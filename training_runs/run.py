@@ -222,7 +222,9 @@ def _train(
 # What the shipped controllers call a run in trouble. Names that only their controller understands do not count, or
 # a run under it would never be checkpointed; "fault" and "suspended" speak of the governance, not of the run.
 ALARMS = (
-    frozenset({"non-finite", "gradient-burst", "bad-batch", "diverged", "loss-spike", "overshoot", "safe-mode"})
+    frozenset(
+        {"non-finite", "gradient-burst", "bad-batch", "diverged", "loss-spike", "overshoot", "safe-mode", "out-of-band"}
+    )
     - HEALTHY_REGIMES
 )
 

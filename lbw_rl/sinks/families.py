@@ -121,7 +121,7 @@ def _text(label: object) -> str:
     return str(label).encode("utf-8", "replace").decode("utf-8")
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """A controller's number, NaN for what is none."""
     try:
         return float(value)
@@ -134,7 +134,7 @@ def _run(name: str, text: str, value: Callable[[RunFacts], float]) -> Family:
 
 
 def _gauge(name: str, text: str, value: Callable[[Seen], Any]) -> Family:
-    return Family(PREFIX + name, "gauge", text, of_decision=lambda seen: [((), _number(value(seen)))])
+    return Family(PREFIX + name, "gauge", text, of_decision=lambda seen: [((), number(value(seen)))])
 
 
 def _counter(name: str, text: str, value: Callable[[Seen], float]) -> Family:
@@ -272,7 +272,7 @@ FAMILIES: tuple[Family, ...] = (
         "gauge",
         "numbers that the controller gave as evidence for the latest decision; absent where it gave none",
         ("name",),
-        of_decision=lambda seen: [((name,), _number(v)) for name, v in seen.decision.ruled.evidence.items()],
+        of_decision=lambda seen: [((name,), number(v)) for name, v in seen.decision.ruled.evidence.items()],
     ),
     _gauge(
         "suspended",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lbw_rl import __version__
 from lbw_rl.extras import require
+from lbw_rl.recorder import brief
 from lbw_rl.sinks.families import FAMILIES, RunFacts, Seen
 from lbw_rl.sinks.sink import Decision, Sink
 from lbw_rl.statistics import ExponentialMean
@@ -95,7 +96,7 @@ class PrometheusExporter(Sink):
             mean_loss=mean,
             lowest_mean_loss=lowest,
             nonfinite=(before.nonfinite if before else 0) + (decision.telemetry.nonfinite == 1),
-            overruled=(before.overruled if before else 0) + bool(decision.reasons),
+            overruled=(before.overruled if before else 0) + (brief(decision.executed) != brief(decision.proposed)),
         )
 
     def close(self) -> None:

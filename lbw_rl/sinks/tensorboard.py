@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbw_rl.extras import require
+from lbw_rl.sinks.families import number
 from lbw_rl.sinks.sink import Decision, Sink
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ def _scalars(decision: Decision) -> Iterator[tuple[str, float]]:
     ]
     for part, values in parts:
         for name, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                yield f"{part}/{name}", float(value)
+            if math.isfinite(finite := number(value)):
+                yield f"{part}/{name}", finite
 
 
 def _scales(action: Any) -> dict[str, Any]:
