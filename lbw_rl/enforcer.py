@@ -158,7 +158,8 @@ class Enforcer:
             clipped.append(scale if whole == action.lr_scale * scale else whole / action.lr_scale)
         if tuple(clipped) != asked:
             reasons.append(f"group_lr_scales held to [{low:g}, {high:g}] and the slew limit")
-        return replace(action, group_lr_scales=() if set(clipped) <= {1.0} else tuple(clipped))
+        unasked = not action.group_lr_scales and set(clipped) <= {1.0}
+        return replace(action, group_lr_scales=() if unasked else tuple(clipped))
 
     def may_skip(self) -> bool:
         """Whether the budget of skips has one left."""

@@ -151,6 +151,7 @@ def test_a_scrape_holds_actions_counts_regimes_evidence_and_the_run(make_mlp):
     authority = Authority(lr_scale=(0.1, 1.2))
     with Loop(make_mlp(), exporter, controller=Scripted(action), authority=authority, total_steps=10) as loop:
         loop.step()
+        ungrouped = scrape(exporter)
         loop.governor.controller.action = Action(lr_scale=0.5, group_lr_scales=(0.5,), regime="cold")
         loop.step()
         loop.governor.controller.action = action
@@ -178,7 +179,8 @@ def test_a_scrape_holds_actions_counts_regimes_evidence_and_the_run(make_mlp):
     assert abs(found[("lbw_rl_last_decision_timestamp_seconds",)] - time.time()) < 600
     (info,) = [key for key in found if key[0] == "lbw_rl_run_info"]
     assert {"scripted", "AdamW"} <= set(info)
-    assert ("lbw_rl_executed_group_lr_scale", "0") not in found
+    assert ("lbw_rl_executed_group_lr_scale", "0") not in ungrouped
+    assert found[("lbw_rl_executed_group_lr_scale", "0")] == pytest.approx(0.25 * 1.5)  # on its way up, slewed
     assert grouped[("lbw_rl_executed_group_lr_scale", "0")] == 0.25
 
 
