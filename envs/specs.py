@@ -39,7 +39,8 @@ class ModelSpec(_Spec):
     )
     path: OptionalText = Field(
         default=None,
-        description="local folder or hub id of a pretrained causal language model; excludes `architecture`",
+        description="pretrained causal language model: local folder, hub id, or 'recipe:NAME' for the model that this "
+        "machine trains by that recipe once and keeps; excludes `architecture`",
     )
     hidden_size: int = Field(default=64, ge=2, description="width of the residual stream (fresh models only, as below)")
     intermediate_size: int = Field(default=176, ge=1, description="width of the gated feed-forward layers")
@@ -52,6 +53,13 @@ class ModelSpec(_Spec):
         default=True, description="whether the output layer shares the input embedding's weights"
     )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="type of weights and computation")
+    lora_rank: OptionalCount = Field(
+        default=None, description="rank of LoRA adapters, the only weights that are then trained; 'none' trains all"
+    )
+    lora_alpha: float = Field(default=16.0, gt=0.0, description="LoRA adapters count alpha / rank times")
+    lora_targets: Literal["all-linear", "attention"] = Field(
+        default="all-linear", description="layers that get a LoRA adapter: every linear one but the output, or q, k, v, o"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:
@@ -104,7 +112,10 @@ class DataSpec(_Spec):
 class OptimizerSpec(_Spec):
     """The optimizer under the governor. Its update rule is torch's own."""
 
-    name: Literal["adamw", "sgd", "adafactor"] = Field(default="adamw", description="torch.optim class")
+    name: Literal["adamw", "sgd", "adafactor", "stable-adamw", "schedule-free", "prodigy"] = Field(
+        default="adamw",
+        description="torch.optim's AdamW, SGD or Adafactor; StableAdamW, Schedule-Free AdamW or Prodigy of their packages",
+    )
     lr: float = Field(default=3e-3, gt=0.0, description="peak learning rate, before train.lr_multiplier")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.999), strict=False, description="decay of the first and second moment (adamw)"
@@ -118,6 +129,9 @@ class OptimizerSpec(_Spec):
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0, description="heavy-ball momentum (sgd)")
     grad_clip: OptionalBound = Field(
         default=None, description="largest global gradient norm; 0 or 'none' leaves gradients alone"
+    )
+    adaptive_clip: Annotated[Literal["zclip", "adagc"] | None, BeforeValidator(_none_word)] = Field(
+        default=None, description="clip by the run's own gradient norms: of all tensors (zclip) or each (adagc)"
     )
     implementation: Literal["foreach", "fused", "plain"] = Field(default="foreach", description="torch's kernel choice")
     per_tensor: bool = Field(
@@ -135,8 +149,10 @@ class OptimizerSpec(_Spec):
 class ScheduleSpec(_Spec):
     """The learning-rate schedule, a closed-form multiple of the peak. The governor scales what it gives."""
 
-    name: Literal["constant", "linear", "cosine", "wsd"] = Field(
-        default="cosine", description="shape after warmup; wsd: constant, then linear to zero"
+    name: Literal["constant", "linear", "cosine", "wsd", "greedy", "plateau"] = Field(
+        default="cosine",
+        description="shape after warmup; wsd: constant, then linear to zero; driven by the training loss: greedy "
+        "(transformers' GreedyLR), plateau (torch's ReduceLROnPlateau)",
     )
     warmup_steps: int = Field(
         default=20,
