@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lbw_rl.envs.clipping import build_clipping
 from lbw_rl.envs.corpus import Batches, held_out_windows, load_corpus
 from lbw_rl.envs.extras import bars_on_terminals_only, hf_package
 from lbw_rl.envs.model import build_model
 from lbw_rl.envs.optim import build_optimizer, build_scheduler
+from lbw_rl.envs.reactive import ReactiveSchedule
 from lbw_rl.envs.recipe import Recipe, RecipeError
+from lbw_rl.envs.rivals import evaluation_weights
 from lbw_rl.random_state import capture_random_state, restore_random_state
 
 _EVAL_LOGITS = 1 << 24  # logits of one evaluation batch: 64 MiB in float32
@@ -37,7 +41,7 @@ class TrainingTask:
         recipe: what was built.
         model: the Hugging Face causal language model, in training mode.
         optimizer: torch optimizer at the scheduled learning rate.
-        scheduler: its `LambdaLR`.
+        scheduler: its `LambdaLR` or `ReactiveSchedule`.
         step: optimizer steps done.
         total_steps: optimizer steps planned.
         tokens_per_step: tokens read by one optimizer step, all micro-batches together.
@@ -51,7 +55,7 @@ class TrainingTask:
 
         Raises:
             RecipeError, CorpusError, ModelError (all `ValueError`): one line on what cannot be used.
-            ModuleNotFoundError: without the extra `lbw-rl[hf]`.
+            ModuleNotFoundError: without the extra `lbw-rl[hf]`, or `lbw-rl[rivals]` where the recipe names one.
         """
         data, train = recipe.data, recipe.train
         self.recipe = recipe
@@ -71,14 +75,15 @@ class TrainingTask:
         self.tokenizer = corpus.tokenizer
         self._batches = Batches(corpus.train, data.sequence_length, train.batch_size, train.seed)
         self._held_out = held_out_windows(corpus.held_out, data.sequence_length, data.eval_sequences)
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._clipping = build_clipping(recipe.optimizer, self.model, train.steps)
+        self._loss: torch.Tensor | float = math.nan
 
     def backward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Forward and backward over the micro-batches of the step at hand, from zeroed gradients.
 
         Returns:
-            The mean training loss, nats per token, and the gradients' L2 norm before clipping, `None` without
-            `optimizer.grad_clip`: detached scalars on `device`, so that nothing waits for the accelerator.
+            The mean training loss, nats per token, and the gradients' L2 norm before clipping, `None` where
+            the recipe does not clip: detached scalars on `device`, so that nothing waits for the accelerator.
         """
         micro_batches = self.recipe.train.accumulation
         self.optimizer.zero_grad(set_to_none=True)
@@ -89,35 +94,43 @@ class TrainingTask:
             (loss / micro_batches).backward()
             losses.append(loss.detach())
         mean = losses[0] if micro_batches == 1 else torch.stack(losses).mean()
-        limit = self.recipe.optimizer.grad_clip
-        if limit is None:
-            return mean, None
-        return mean, torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+        self._loss = mean
+        return mean, None if self._clipping is None else self._clipping()
 
     def advance(self) -> None:
-        """Takes the optimizer step with the gradients in place, then moves the schedule on."""
+        """Takes the optimizer step with the gradients in place, then moves the schedule on.
+
+        A schedule that answers to the loss reads it on the host here, once the step is on its way; others read nothing.
+        """
         self.optimizer.step()
-        self.scheduler.step()
+        if isinstance(self.scheduler, ReactiveSchedule):
+            self.scheduler.step(self._loss)
+        else:
+            self.scheduler.step()
         self.step += 1
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss on the held-out text, nats per token; inf or NaN of a diverged model is returned as it is."""
+        """Mean loss on the held-out text, nats per token; inf or NaN of a diverged model is returned as it is.
+
+        Of Schedule-Free the averaged weights are read; the run goes on from the bits that it had.
+        """
         rows, length = self._held_out.shape
         vocabulary = self.model.config.vocab_size  # type: ignore[union-attr]
         batch = max(1, _EVAL_LOGITS // (length * int(vocabulary)))  # type: ignore[arg-type]
         self.model.eval()
         total = torch.zeros((), device=self.device)
-        for tokens in self._held_out.split(batch):
-            tokens = tokens.to(self.device)
-            total += self.model(input_ids=tokens, labels=tokens).loss.float() * len(tokens)
+        with evaluation_weights(self.optimizer):
+            for tokens in self._held_out.split(batch):
+                tokens = tokens.to(self.device)
+                total += self.model(input_ids=tokens, labels=tokens).loss.float() * len(tokens)
         self.model.train()
         return float(total) / rows
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model and tokenizer as a folder that `model.path` (with `data.tokenizer = "model"`) accepts."""
         transformers = hf_package("transformers", "saving a model")
-        with bars_on_terminals_only():
+        with bars_on_terminals_only(), evaluation_weights(self.optimizer):
             self.model.save_pretrained(folder)  # type: ignore[operator]
         transformers.PreTrainedTokenizerFast(tokenizer_object=self.tokenizer).save_pretrained(folder)
 
@@ -130,6 +143,7 @@ class TrainingTask:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "clipping": None if self._clipping is None else self._clipping.state_dict(),
             "step": self.step,
             "corpus_sha256": self.corpus_sha256,
             "random": capture_random_state(),
@@ -153,6 +167,8 @@ class TrainingTask:
             raise ValueError(f"checkpoint: does not fit the recipe's model ({reason})") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if self._clipping is not None:
+            self._clipping.load_state_dict(state["clipping"])
         self.step = int(state["step"])
         restore_random_state(state["random"])
 
