@@ -243,6 +243,6 @@ class Recipe(_Spec):
             )
         if self.optimizer.name == "prodigy" and self.controller.options.get("micro"):
             raise ValueError(
-                "controller.options.micro does not go with optimizer.name 'prodigy', which has one rate for all"
+                "controller.options.micro does not go with optimizer.name 'prodigy', which has one rate for all; accepted: false"
             )
         return self
