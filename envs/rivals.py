@@ -9,8 +9,8 @@ the recipe's; what else there is to choose is chosen here, once:
 | schedule-free | `schedulefree.AdamWScheduleFree` | r = 0, averaging weights lr_max² (its defaults; Defazio et al. 2405.15682) |
 | prodigy | `prodigyopt.Prodigy` | `safeguard_warmup`, which its README asks for wherever there is a warmup, and `use_bias_correction`, which makes it Adam's step at the rate that it finds (Mishchenko & Defazio 2306.06101); lr is the recipe's, and 1 is the one that it is made for |
 
-What a poisoned gradient does to them: StableAdamW's and Schedule-Free's moments hold NaN from then on, as AdamW's do.
-Prodigy's estimate d keeps its value (its maximum ignores NaN) but grows no more, since the sums behind it stay NaN.
+What a poisoned gradient does to them: it ends the run, as with AdamW: weights and moments hold NaN from then on. Prodigy's
+estimate d keeps its value, since the maximum behind it passes over NaN.
 
 What a governed step can do to them: a withheld step (gradients `None`) still counts in the parameter groups of StableAdamW
 (`step`) and Schedule-Free (`k`, `weight_sum`), which changes a bias correction or an averaging weight, and moves no weight.

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -179,9 +180,10 @@ def test_an_evaluation_that_fails_puts_the_weights_back_too(recipe):
     task = TrainingTask(recipe(*RIVALS["schedule-free"]))
     advance(task, 3)
     before = weights(task.model)
-    with pytest.raises(KeyError), evaluation_weights(task.optimizer):
-        assert not equal(weights(task.model), before)
-        raise KeyError
+    evaluating = ExitStack()
+    evaluating.enter_context(evaluation_weights(task.optimizer))
+    assert not equal(weights(task.model), before)
+    evaluating.__exit__(KeyError, KeyError(), None)
     assert equal(weights(task.model), before)
 
 
@@ -264,6 +266,24 @@ def test_shadow_mode_changes_no_bit_and_govern_mode_does_no_harm(rival, recipe, 
         assert telemetry["update_ratio"] > 0
         own_v = not set(rival) & {f"optimizer.name={name}" for name in OPTIMIZERS}
         assert ((telemetry["surprise"] is not None), (telemetry["sgd_rate"] is not None)) == (own_v, own_v)
+
+
+@pytest.mark.parametrize("governed", [False, True], ids=["alone", "governed"])
+def test_one_poisoned_gradient_ends_every_rival_unless_its_update_is_withheld(governed, rival, recipe):
+    task = TrainingTask(recipe(*rival, "train.steps=8"))
+    victim = next(task.model.parameters())
+    victim.register_hook(lambda gradient: gradient * math.nan if task.step == 4 else gradient)
+    mode = "govern" if governed else "off"
+    with Governor(task.optimizer, "lbw-guard", total_steps=8, mode=mode, measure_device=False) as governor:
+        while task.step < task.total_steps:
+            loss, norm = task.backward()
+            governor.observe(loss, grad_norm=norm)
+            task.advance()
+    assert all(bool(w.isfinite().all()) for w in weights(task.model)) == governed
+    assert math.isfinite(task.evaluate()) == governed
+    assert governor.summary()["skips"] == int(governed)
+    if "optimizer.name=prodigy" in rival:
+        assert math.isfinite(task.optimizer.param_groups[0]["d"])
 
 
 def test_a_governor_hears_the_norm_before_adaptive_clipping(recipe, tmp_path):
