@@ -81,6 +81,11 @@ def _with_adapters(model: Any, spec: ModelSpec) -> Any:
         raise ModelError(" ".join(str(error).split())) from error
 
 
+def looks_like_a_folder(path: str) -> bool:
+    """Whether it can be no hub id: those are a name, or an owner and a name."""
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1
+
+
 def parameter_count(model: torch.nn.Module) -> int:
     """Number of weights; tied ones count once."""
     return sum(p.numel() for p in model.parameters())
@@ -118,7 +123,7 @@ def _pretrained(transformers: Any, path: str, dtype: torch.dtype) -> Any:
         if not any(folder.glob("*.safetensors")):
             raise ModelError(f"model.path: {path!r} has no weights (*.safetensors); {_ACCEPTED}")
         path = str(folder)
-    elif folder.exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+    elif folder.exists() or looks_like_a_folder(path):
         raise ModelError(f"model.path: {path!r} is no folder; {_ACCEPTED}")
     try:
         config = transformers.AutoConfig.from_pretrained(path)

@@ -94,7 +94,12 @@ def _file_name(recipe: Recipe) -> str:
     if (base := recipe_of(recipe.model.path or "")) is not None:
         fields["model"]["path"] = _file_name(base)
     transformers = hf_package("transformers", "a model trained by a recipe")
-    identity = [fields, _corpus_digest(recipe.data, file_stamp(recipe.data)), torch.__version__, transformers.__version__]
+    identity = [
+        fields,
+        _corpus_digest(recipe.data, file_stamp(recipe.data)),
+        torch.__version__,
+        transformers.__version__,
+    ]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9._-]', '-', recipe.name)}-{digest[:16]}"
 

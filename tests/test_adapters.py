@@ -140,7 +140,9 @@ def test_a_checkpoint_holds_the_adapters_alone_and_resumes_bit_for_bit(task_of, 
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="does not fit the recipe's model"):
         task_of("model.lora_targets=attention").load_state_dict(state)
-    with pytest.raises(ValueError, match="does not fit the recipe's model"):  # a whole model's checkpoint is none of an adapted one
+    with pytest.raises(
+        ValueError, match="does not fit the recipe's model"
+    ):  # a whole model's checkpoint is none of an adapted one
         task_of("model.lora_rank=none").load_state_dict(state)
 
 
@@ -224,4 +226,3 @@ def test_a_governor_sees_a_finite_ratio_from_the_first_step_on(settings, tmp_pat
     assert len(ratios) == 5
     assert all(r is not None and math.isfinite(r) and 0 < r < 1 for r in ratios)
     assert (tmp_path / "out/model/adapter_config.json").is_file()
-
