@@ -186,7 +186,9 @@ def test_optimizer_state_is_what_a_step_leaves(model_of, name):
 def test_a_local_folder_goes_before_everything(model_of, monkeypatch, tmp_path):
     recipe, model = model_of()
     model.save_pretrained(tmp_path / "Qwen" / "Qwen2.5-7B")
-    absolute = override(load_recipe("qwen2.5-7b"), [f"model.path={tmp_path}/Qwen/Qwen2.5-7B", "data.sequence_length=64"])
+    absolute = override(
+        load_recipe("qwen2.5-7b"), [f"model.path={tmp_path}/Qwen/Qwen2.5-7B", "data.sequence_length=64"]
+    )
     assert model_config(absolute)[1] == f"folder {tmp_path}/Qwen/Qwen2.5-7B"
     monkeypatch.chdir(tmp_path)  # the hub id is now the name of a folder too
     config, source = model_config(override(load_recipe("qwen2.5-7b"), ["data.sequence_length=64"]))
@@ -255,7 +257,9 @@ def test_runs_worth_a_thought_are_announced(model_of, tmp_path):
     recipe, _ = model_of(lora_rank=2)
     assert notice(recipe) is None
     assert "7,655,986,688 parameters" in notice(load_recipe("qwen2.5-7b"))
-    wide = override(load_recipe("mini-qwen2"), ["model.hidden_size=2048", "model.intermediate_size=8192", "model.num_layers=4"])
+    wide = override(
+        load_recipe("mini-qwen2"), ["model.hidden_size=2048", "model.intermediate_size=8192", "model.num_layers=4"]
+    )
     assert "--dry-run says" in notice(wide)
     for unusable in (tmp_path, tmp_path / "absent"):  # the run itself will say what is missing
         assert notice(override(recipe, [f"model.path={unusable}"])) is None
@@ -272,7 +276,9 @@ def test_dry_run_command(lbw, tmp_path, monkeypatch):
     answer = lbw("run", "mini-llama-full", "--dry-run")
     assert answer.code == 0
     assert answer.err == ""
-    assert answer.out.startswith("mini-llama-full: 166,208 parameters, 166,208 trained (100.00%); shape from recipe mini-llama-base")
+    assert answer.out.startswith(
+        "mini-llama-full: 166,208 parameters, 166,208 trained (100.00%); shape from recipe mini-llama-base"
+    )
     assert list(Path(tmp_path).iterdir()) == []  # nothing was trained or written
 
 
