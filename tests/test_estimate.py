@@ -184,7 +184,7 @@ def test_optimizer_state_is_what_a_step_leaves(model_of, name):
 
 
 def test_a_local_folder_goes_before_everything(model_of, monkeypatch, tmp_path):
-    recipe, model = model_of()
+    _, model = model_of()
     model.save_pretrained(tmp_path / "Qwen" / "Qwen2.5-7B")
     absolute = override(
         load_recipe("qwen2.5-7b"), [f"model.path={tmp_path}/Qwen/Qwen2.5-7B", "data.sequence_length=64"]
