@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lbw_rl.envs.adapters import frozen_digest, has_adapters, load_trained_state, trained_state
 from lbw_rl.envs.clipping import build_clipping
 from lbw_rl.envs.corpus import Batches, held_out_windows, load_corpus
 from lbw_rl.envs.extras import bars_on_terminals_only, hf_package
@@ -16,6 +17,7 @@ from lbw_rl.envs.model import build_model
 from lbw_rl.envs.optim import build_optimizer, build_scheduler
 from lbw_rl.envs.reactive import ReactiveSchedule
 from lbw_rl.envs.recipe import Recipe, RecipeError
+from lbw_rl.envs.recipe_models import model_folder
 from lbw_rl.envs.rivals import evaluation_weights
 from lbw_rl.random_state import capture_random_state, restore_random_state
 
@@ -25,6 +27,8 @@ _POSITIONS = 2048  # context of a fresh model: rotary positions cost nothing, an
 
 class TrainingTask:
     """The run that a recipe describes, one optimizer step at a time.
+
+    A `model.path` of the form 'recipe:NAME' is trained first, where this machine has not kept it yet.
 
     ```python
     task = TrainingTask(load_recipe("mini-qwen2"))
@@ -39,7 +43,7 @@ class TrainingTask:
 
     Attributes:
         recipe: what was built.
-        model: the Hugging Face causal language model, in training mode.
+        model: the Hugging Face causal language model, in training mode; with `model.lora_rank`, `peft`'s around it.
         optimizer: torch optimizer at the scheduled learning rate.
         scheduler: its `LambdaLR` or `ReactiveSchedule`.
         step: optimizer steps done.
@@ -62,9 +66,12 @@ class TrainingTask:
         self.device = _device(train.device)
         if train.threads is not None:
             torch.set_num_threads(train.threads)
-        corpus = load_corpus(data, recipe.model.path)
-        positions = max(_POSITIONS, data.sequence_length) if recipe.model.path is None else data.sequence_length
-        self.model = build_model(recipe.model, corpus.vocab_size, positions, train.seed).to(self.device)
+        model = recipe.model
+        if model.path is not None:
+            model = model.model_copy(update={"path": model_folder(model.path)})
+        corpus = load_corpus(data, model.path)
+        positions = max(_POSITIONS, data.sequence_length) if model.path is None else data.sequence_length
+        self.model = build_model(model, corpus.vocab_size, positions, train.seed).to(self.device)
         self.model.train()
         self.optimizer = build_optimizer(recipe.optimizer, self.model, recipe.optimizer.lr * train.lr_multiplier)
         self.scheduler = build_scheduler(recipe.schedule, self.optimizer, train.steps)
@@ -128,19 +135,28 @@ class TrainingTask:
         return float(total) / rows
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes model and tokenizer as a folder that `model.path` (with `data.tokenizer = "model"`) accepts."""
+        """Writes model and tokenizer as a folder that `model.path` (with `data.tokenizer = "model"`) accepts.
+
+        Of LoRA the adapters alone; the folder names the model that they go with.
+        """
         transformers = hf_package("transformers", "saving a model")
         with bars_on_terminals_only(), evaluation_weights(self.optimizer):
-            self.model.save_pretrained(folder)  # type: ignore[operator]
+            if has_adapters(self.model):
+                # Embeddings are never trained; asked to find that out, peft would ask the hub.
+                self.model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+            else:
+                self.model.save_pretrained(folder)  # type: ignore[operator]
         transformers.PreTrainedTokenizerFast(tokenizer_object=self.tokenizer).save_pretrained(folder)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on; `torch.load(weights_only=True)` accepts it once saved.
 
-        Its tensors are the live ones: save or copy them before the next step.
+        Under LoRA the adapters, and a digest of the frozen weights, which come again from `model.path`. Its tensors are
+        the live ones: save or copy them before the next step.
         """
         return {
-            "model": self.model.state_dict(),
+            "model": trained_state(self.model),
+            "frozen": frozen_digest(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "clipping": None if self._clipping is None else self._clipping.state_dict(),
@@ -153,7 +169,7 @@ class TrainingTask:
         """Continues where `state_dict` was taken, bit for bit (CPU).
 
         Raises:
-            ValueError: the state is of another corpus, model or optimizer.
+            ValueError: the state is of another corpus, model (under LoRA, of other frozen weights) or optimizer.
         """
         if state["corpus_sha256"] != self.corpus_sha256:
             raise ValueError(
@@ -161,10 +177,14 @@ class TrainingTask:
                 f"the recipe's is {self.corpus_sha256[:12]}…"
             )
         try:
-            self.model.load_state_dict(state["model"])
+            load_trained_state(self.model, state["model"])
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"checkpoint: does not fit the recipe's model ({reason})") from error
+        if state.get("frozen", "") != frozen_digest(self.model):
+            raise ValueError(
+                f"checkpoint: was trained on other frozen weights than model.path {self.recipe.model.path!r} holds now"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self._clipping is not None:
