@@ -11,9 +11,10 @@ from typing import Any
 
 from lbw_rl.action import Action, Directive
 from lbw_rl.controller import Context, Controller
-from lbw_rl.setpoint import DISPLACEMENT, RatioPlant, falling, ratio_level
+from lbw_rl.setpoint import RatioPlant
 from lbw_rl.signals import Telemetry
 from lbw_rl.statistics import ExponentialMean
+from lbw_rl.update_target import DISPLACEMENT, STEEPNESS, UpdateTarget, shorter_momentum
 
 _USUAL_SURPRISE = 1.3  # of a healthy run; 1 would be a gradient that its second moment knows exactly
 
@@ -21,9 +22,9 @@ _USUAL_SURPRISE = 1.3  # of a healthy run; 1 would be a gradient that its second
 class LBWGuard(Controller):
     """Inner loop on the update-to-weight ratio, guarded by loss, gradient norm and surprise.
 
-    Set-point: r*(p) = displacement/sqrt(T) · sqrt(1 − p), p the progress through T planned steps (constant where the
-    horizon is unknown), times a caution factor in [0.1, 1]. The inner loop identifies ratio = gain · rate and
-    sets the rate that gives r*, so the base rate cancels out of the run.
+    Set-point: r* of `UpdateTarget`, times a caution factor in [0.1, 1]. The inner loop identifies ratio = gain · rate and
+    sets the rate that gives r*, so the base rate cancels out of the run. Momentum is shortened to an average over
+    `momentum_steps`, where the authority allows: a short run overshoots less, and its set-point has more room on both sides.
 
     Regimes, first match wins; each comes with its evidence:
 
@@ -35,13 +36,15 @@ class LBWGuard(Controller):
     | diverged | fast mean loss > best + `damage` nats, for a while | rollback (where permitted), caution ÷ 2 |
     | loss-spike | loss > 6 deviations above its mean | caution ÷ 2 |
     | overshoot | surprise > 2.5: the second moment lags the gradient | at the onset: scale × 1.3 / surprise, for that step |
-    | calibrating | no update measured yet | scale 1 |
+    | calibrating | no update measured yet | r* as far as it can be foretold, at most the base rate |
     | holding-back / raising | scale needed is < 1/2 / > 2 | r* |
     | annealing | progress > 0.7 | r* |
     | steady | none of the above | r* |
 
     Args:
-        displacement: r* · sqrt(T) at the start.
+        displacement: r* · sqrt(T · H) at the start, H the steps that momentum averages over.
+        steepness: nats per unit of relative update up to which the displacement is granted in full.
+        momentum_steps: longest average that momentum may keep, steps; a shorter one is left alone.
         half_life: decisions over which the plant's gain is averaged.
         damage: nats above the best mean loss that count as lost.
 
@@ -52,16 +55,32 @@ class LBWGuard(Controller):
     name = "lbw-guard"
     time_limit = None
 
-    def __init__(self, displacement: float = DISPLACEMENT, half_life: float = 2.0, damage: float = 1.0) -> None:
-        for name, value in (("displacement", displacement), ("half_life", half_life), ("damage", damage)):
+    def __init__(
+        self,
+        displacement: float = DISPLACEMENT,
+        steepness: float = STEEPNESS,
+        momentum_steps: float = 5.0,
+        half_life: float = 2.0,
+        damage: float = 1.0,
+    ) -> None:
+        given = {
+            "displacement": displacement,
+            "steepness": steepness,
+            "momentum_steps": momentum_steps,
+            "half_life": half_life,
+            "damage": damage,
+        }
+        for name, value in given.items():
             if not value > 0:
                 raise ValueError(f"lbw-guard.{name}: {value} must be > 0")
-        self.displacement, self.half_life, self.damage = displacement, half_life, damage
+        self.displacement, self.steepness, self.momentum_steps = displacement, steepness, momentum_steps
+        self.half_life, self.damage = half_life, damage
         self.reset(Context())
 
     def reset(self, context: Context) -> None:
         """Forgets the plant, the baselines and the caution."""
-        self._level = ratio_level(context.total_steps, self.displacement)
+        self._target = UpdateTarget(context, self.displacement, self.steepness)
+        self._momentum_scale = shorter_momentum(context.momentum, self.momentum_steps)
         self._plant = RatioPlant(self.half_life)
         self._loss, self._grad_norm = ExponentialMean(20), ExponentialMean(20)
         self._fast_loss = ExponentialMean(4)
@@ -90,20 +109,23 @@ class LBWGuard(Controller):
         self._bad_batches = 0 if not self._is_bad_batch(t.loss) else self._bad_batches
         alarm, evidence = self._alarm(t)
         self._grad_norm.update(t.grad_norm)
+        self._target.observe(t)
         onset = alarm == "overshoot" and not self._overshooting
         self._overshooting = alarm == "overshoot"
         if alarm and alarm != "overshoot":
             self._caution = max(0.1, self._caution / 2)
         else:
             self._caution = min(1.0, self._caution * 1.1)
-        target = self._level * self._caution * falling(t.progress)
+        target = self._target.ratio(t) * self._caution
         scale = self._plant.scale_for(target, t.learning_rate)
         if scale is None:
-            return self._propose(1.0, alarm or "calibrating", evidence)
+            return self._propose(self._target.first_scale(t), alarm or "calibrating", evidence)
         if onset:
             # Surprise foretells the first too large update, which the plant has yet to see; from then on it holds them.
             scale *= min(1.0, _USUAL_SURPRISE / t.surprise)
         evidence = {**evidence, "update_ratio": t.update_ratio, "target": target, "caution": self._caution}
+        if math.isfinite(steepness := self._target.steepness()):
+            evidence["steepness"] = steepness
         if alarm == "diverged":
             self._reset_detectors()
             return self._propose(scale, alarm, evidence, Directive.ROLLBACK)
@@ -148,18 +170,31 @@ class LBWGuard(Controller):
         self._reset_detectors()
 
     def _skip(self, regime: str, evidence: dict[str, float]) -> Action:
-        return Action(lr_scale=self._last_scale, directive=Directive.SKIP, regime=regime, evidence=evidence)
+        return Action(
+            lr_scale=self._last_scale,
+            momentum_scale=self._momentum_scale,
+            directive=Directive.SKIP,
+            regime=regime,
+            evidence=evidence,
+        )
 
     def _propose(
         self, scale: float, regime: str, evidence: dict[str, float], directive: Directive = Directive.PROCEED
     ) -> Action:
         self._last_scale = scale
-        return Action(lr_scale=scale, directive=directive, regime=regime, evidence=evidence)
+        return Action(
+            lr_scale=scale,
+            momentum_scale=self._momentum_scale,
+            directive=directive,
+            regime=regime,
+            evidence=evidence,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plant, baselines and caution."""
         return {
             "plant": self._plant.state_dict(),
+            "target": self._target.state_dict(),
             "loss": self._loss.state_dict(),
             "grad_norm": self._grad_norm.state_dict(),
             "fast_loss": self._fast_loss.state_dict(),
@@ -174,6 +209,7 @@ class LBWGuard(Controller):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores `state_dict`."""
         self._plant.load_state_dict(state["plant"])
+        self._target.load_state_dict(state["target"])
         self._loss.load_state_dict(state["loss"])
         self._grad_norm.load_state_dict(state["grad_norm"])
         self._fast_loss.load_state_dict(state["fast_loss"])

@@ -211,7 +211,7 @@ class ControllerSpec(_Spec):
 
 # Wider than `Authority()`, which is made for runs that cost money: a recipe's learning rate may be wrong a
 # hundredfold on purpose.
-_AUTHORITY: dict[str, Any] = {"lr_scale": (1e-3, 100.0), "momentum_scale": (0.5, 2.0)}
+_AUTHORITY: dict[str, Any] = {"lr_scale": (1e-3, 100.0), "momentum_scale": (0.5, 2.0), "slew_up": 4.0}
 
 
 def _on_recipe_default(value: object) -> object:

@@ -22,6 +22,9 @@ class Context:
         authority: the bounds its actions will be held to.
         seed: for controllers that draw random numbers.
         groups: names of the optimizer's parameter groups, in the order of `Action.group_lr_scales`.
+        weights: elements of all trainable matrices, `None` if unknown.
+        low_rank: whether they are the factors of low-rank adapters.
+        momentum: β1 or momentum that the optimizer was set to, `None` if it has none or none that is known.
     """
 
     total_steps: int | None = None
@@ -29,6 +32,9 @@ class Context:
     authority: Authority = field(default_factory=Authority)
     seed: int = 0
     groups: tuple[str, ...] = ()
+    weights: int | None = None
+    low_rank: bool = False
+    momentum: float | None = None
 
 
 class Controller(ABC):

@@ -33,6 +33,7 @@ from lbw_rl.sinks.sink import GuardedSinks, Sink
 from lbw_rl.snapshot import Snapshot, Stateful
 from lbw_rl.stages import Mode, Switch, check_mode, governs
 from lbw_rl.step_hooks import StepHooks
+from lbw_rl.trainable import trainable
 
 log = logging.getLogger("lbw_rl")
 
@@ -116,12 +117,16 @@ class Governor:
             raise ValueError("optimizer: another governor governs it; accepted: close() that one first")
         self.controller = load_controller(controller)
         self.authority = authority or Authority()
+        facts = trainable(optimizer)
         self.context = Context(
             total_steps=total_steps,
             decide_every=self.controller.decide_every or decide_every,
             authority=self.authority,
             seed=seed,
             groups=tuple(str(g.get("name", i)) for i, g in enumerate(optimizer.param_groups)),
+            weights=facts.weights,
+            low_rank=facts.low_rank,
+            momentum=facts.momentum,
         )
         self.controller.reset(self.context)
         self.step = 0

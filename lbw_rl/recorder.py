@@ -167,6 +167,9 @@ def run_header(controller: str, mode: Mode, context: Context) -> dict[str, Any]:
         "authority": context.authority.model_dump(),
         "seed": context.seed,
         "groups": list(context.groups),
+        "weights": context.weights,
+        "low_rank": context.low_rank,
+        "momentum": context.momentum,
     }
     return {"controller": controller, "mode": mode, "context": told}
 

@@ -115,6 +115,9 @@ def _context(header: dict[str, Any], ledger: str | Path) -> Context:
             authority=Authority(**recorded["authority"]),
             seed=recorded["seed"],
             groups=tuple(recorded.get("groups", ())),
+            weights=recorded.get("weights"),
+            low_rank=bool(recorded.get("low_rank", False)),
+            momentum=recorded.get("momentum"),
         )
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"ledger: the header of {ledger} is damaged ({_brief(e)})") from e
