@@ -17,6 +17,7 @@ from typing import Any
 
 from lbw_rl.envs.recipe import ControllerSpec, Recipe, override
 from lbw_rl.registry import load_controller
+from lbw_rl.stages import Mode
 from lbw_rl.training_runs.folders import remove_empty
 from lbw_rl.training_runs.results import Row
 from lbw_rl.training_runs.run import SUMMARY, run
@@ -64,11 +65,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a grid, in a folder relative to the grid's own."""
+    """One run of a grid, in a folder relative to the grid's own, and how much governance may do in it."""
 
     arm: Arm
     recipe: Recipe
     folder: str
+    mode: Mode = "govern"
 
 
 def parse_arms(text: str) -> list[Arm]:
@@ -142,7 +144,7 @@ def run_cells(
 
 def _run_cell(cell: Cell, out: Path) -> dict[str, Any]:
     """One run in a worker process; a finished one is read back, an unfinished one starts again."""
-    summary = run(cell.recipe, out / cell.folder, resume=True)
+    summary = run(cell.recipe, out / cell.folder, resume=True, mode=cell.mode)
     return {k: v for k, v in summary.items() if k in Row.model_fields}
 
 
