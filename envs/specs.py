@@ -58,7 +58,8 @@ class ModelSpec(_Spec):
     )
     lora_alpha: float = Field(default=16.0, gt=0.0, description="LoRA adapters count alpha / rank times")
     lora_targets: Literal["all-linear", "attention"] = Field(
-        default="all-linear", description="layers that get a LoRA adapter: every linear one but the output, or q, k, v, o"
+        default="all-linear",
+        description="layers that get a LoRA adapter: every linear one but the output, or q, k, v, o",
     )
 
     @model_validator(mode="after")

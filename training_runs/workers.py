@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -23,9 +23,11 @@ def check_backend(name: str) -> Backend:
     Raises:
         ValueError: it is none.
     """
-    if name == "local" or name == "ray":
-        return name
-    raise ValueError(f"backend: {name!r} is unknown; accepted: local, ray")
+    known: tuple[Backend, ...] = get_args(Backend)
+    for backend in known:
+        if backend == name:
+            return backend
+    raise ValueError(f"backend: {name!r} is unknown; accepted: {', '.join(known)}")
 
 
 @contextlib.contextmanager

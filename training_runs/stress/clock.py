@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -40,4 +41,4 @@ def step_seconds(metrics: Path) -> float:
     The median and not the mean: what else a machine does at times then falls on no run.
     """
     clock = [0.0, *(float(record["seconds"]) for record in read_jsonl(metrics))]
-    return median(b - a for a, b in zip(clock, clock[1:])) if len(clock) > 1 else math.nan
+    return median(b - a for a, b in pairwise(clock)) if len(clock) > 1 else math.nan

@@ -40,7 +40,9 @@ def mean_scale(ledgers: Sequence[Path], digits: int = 6) -> list[float]:
     """
     paths = [_scales(ledger) for ledger in ledgers]
     if len({len(path) for path in paths}) != 1:
-        raise ValueError(f"replay: runs of {', '.join(str(len(p)) for p in paths)} decisions; accepted: of equal length")
+        raise ValueError(
+            f"replay: runs of {', '.join(str(len(p)) for p in paths)} decisions; accepted: of equal length"
+        )
     mean = np.exp(np.log(np.asarray(paths)).mean(axis=0))
     return [float(f"{scale:.{digits}g}") for scale in mean]
 

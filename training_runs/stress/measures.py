@@ -197,7 +197,9 @@ def _at_base(rows: Sequence[Row], reference: Reference, folder: Path) -> dict[st
 
 
 def _steps(row: Row, folder: Path, target: float) -> float:
-    return math.inf if row.diverged else steps_to(held_out_curve(folder / row.folder / METRICS, row.initial_loss), target)
+    return (
+        math.inf if row.diverged else steps_to(held_out_curve(folder / row.folder / METRICS, row.initial_loss), target)
+    )
 
 
 def _over(value: float, reference: float) -> float:

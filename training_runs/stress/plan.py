@@ -124,7 +124,9 @@ class Plan:
         path, mine = folder / PLAN, {"suite": self.suite.name, "settings": sorted(self.settings)}
         if not path.exists():
             if any(entry.name != "runs" and not entry.name.endswith(".tmp") for entry in folder.iterdir()):
-                raise ValueError(f"out: {folder} holds files but no suite to resume; accepted: a suite's folder, or a new one")
+                raise ValueError(
+                    f"out: {folder} holds files but no suite to resume; accepted: a suite's folder, or a new one"
+                )
             write_json(path, mine)
             return
         try:
@@ -167,7 +169,9 @@ def _cell(arm: Arm, recipe: Recipe, settings: Sequence[str]) -> Cell:
     described = json.dumps(chosen.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     unique = hashlib.sha256(described.encode()).hexdigest()[:8]
     o, t = chosen.optimizer, chosen.train
-    what = o.name + (f"-clip{o.grad_clip:g}" if o.grad_clip else "") + (f"-{o.adaptive_clip}" if o.adaptive_clip else "")
+    what = (
+        o.name + (f"-clip{o.grad_clip:g}" if o.grad_clip else "") + (f"-{o.adaptive_clip}" if o.adaptive_clip else "")
+    )
     alone = chosen.controller.name in UNGOVERNED
     what += "" if alone else f"-{slug(Path(chosen.controller.name).name)}"
     rate = f"{o.lr * t.lr_multiplier:.3g}"

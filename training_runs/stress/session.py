@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,7 +101,7 @@ def stress(
 
 
 def _note(row: Row) -> str:
-    return f"{row.recipe} · {row.arm} ×{row.lr_multiplier:.3g}: {row.final_loss:.3f}"
+    return f"{row.recipe} · {row.arm} at {row.base_lr * row.lr_multiplier:.3g}: loss {row.final_loss:.3f}"
 
 
 def _tune(plan: Plan, run: Run, meter: Meter) -> dict[str, Any]:
@@ -112,17 +113,22 @@ def _tune(plan: Plan, run: Run, meter: Meter) -> dict[str, Any]:
         for i, s in enumerate(searches)
         for wish in s.wanted()
     }:
-        before = len(done)
-
-        class Sum:  # counts over the rounds; how many will follow is not known
-            def update(self, now: int, total: int, note: str = "") -> None:
-                meter.update(before + now, before + total, note)
-
-        rows = run(list(new.values()), Sum())
+        rows = run(list(new.values()), _Continued(meter, len(done)))
         for (i, wish), cell in new.items():
             searches[i].rows[wish] = rows[cell.folder]
             done[cell.folder] = cell
     return {s.family.name: s.result() for s in searches}
+
+
+@dataclass(frozen=True)
+class _Continued:
+    """A meter that counts on from earlier rounds; how many will follow is not known."""
+
+    meter: Meter
+    before: int
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        self.meter.update(self.before + done, self.before + total, note)
 
 
 def _scales(plan: Plan, family: Family, rows: Sequence[Row], folder: Path) -> dict[str, list[float]]:

@@ -37,6 +37,11 @@ class Target:
     over: Literal["largest", "geometric mean"] = "largest"
     strict: bool = False
 
+    @property
+    def scope(self) -> str:
+        """What the measured value is over, in words."""
+        return "in each family" if self.over == "largest" else "averaged over the families"
+
     def met(self, measured: float) -> bool:
         """Whether a measured value meets the target."""
         return measured < self.limit if self.strict else measured <= self.limit
@@ -70,23 +75,21 @@ def _to_best_rival(arms: Arms, governor: str) -> float | None:
 
 
 TARGETS = (
-    Target("sensitivity", "LR sensitivity over the multipliers, nats, in each family", 0.03, _measure("lr_sensitivity")),
-    Target("sensitivity-rival", "LR sensitivity as a multiple of the flattest rival's, in each family", 0.2, _to_best_rival),
-    Target("worst", "Perplexity at the worst multiplier, × tuned AdamW's, in each family", 1.03, _measure("worst_ratio")),
-    Target(
-        "tuned-mean", "Perplexity at the tuned rate, × tuned AdamW's, over families", 0.95, _measure("ratio"), "geometric mean"
-    ),
-    Target("tuned-each", "Perplexity at the tuned rate, × tuned AdamW's, in each family", 1.0, _measure("ratio")),
-    Target("rollbacks", "Rollbacks at the tuned rate, in each family", 0, _measure("base_rollbacks")),
+    Target("sensitivity", "LR sensitivity, nats", 0.03, _measure("lr_sensitivity")),
+    Target("sensitivity-rival", "LR sensitivity, × the flattest rival's", 0.2, _to_best_rival),
+    Target("worst", "Perplexity at the worst multiplier, × tuned AdamW's", 1.03, _measure("worst_ratio")),
+    Target("tuned-mean", "Perplexity at the tuned rate, × tuned AdamW's", 0.95, _measure("ratio"), "geometric mean"),
+    Target("tuned-each", "Perplexity at the tuned rate, × tuned AdamW's", 1.0, _measure("ratio")),
+    Target("rollbacks", "Rollbacks at the tuned rate", 0, _measure("base_rollbacks")),
     Target(
         "interventions",
-        "Share of decisions at the tuned rate that are more than normal modulation, in each family",
+        "Decisions at the tuned rate beyond modulation",
         0.01,
         _measure("beyond_modulation_share"),
         strict=True,
     ),
-    Target("steps", "Steps to tuned AdamW's final loss, × AdamW's own, in each family", 0.8, _to_target("steps_ratio")),
-    Target("seconds", "Seconds to tuned AdamW's final loss, × AdamW's own, in each family", 0.85, _to_target("seconds_ratio")),
+    Target("steps", "Steps to tuned AdamW's final loss, × its own", 0.8, _to_target("steps_ratio")),
+    Target("seconds", "Seconds to tuned AdamW's final loss, × its own", 0.85, _to_target("seconds_ratio")),
 )
 
 
@@ -98,7 +101,7 @@ def judge_targets(families: Sequence[Mapping[str, Any]], governor: str) -> list[
         governor: label of the arm that is judged.
 
     Returns:
-        Per target `id`, `claim`, `limit`, `strict`, `over`; `measured` (None: not measured, or never reached) and `met` (None
+        Per target `id`, `claim`, `scope`, `limit`, `strict`, `over`; `measured` (None: not measured, or never reached) and `met` (None
         where nothing was measured); `held_out`, the same value over the families that no constant was chosen on;
         `families`, name → value; `never`, the families where the baseline's loss was never reached.
     """
@@ -119,6 +122,7 @@ def _judge(target: Target, families: Sequence[Mapping[str, Any]], governor: str)
     return {
         "id": target.id,
         "claim": target.claim,
+        "scope": target.scope,
         "limit": target.limit,
         "strict": target.strict,
         "over": target.over,
