@@ -178,18 +178,17 @@ def conduct_table(family: Record, chips: Mapping[str, str]) -> str:
             line += [f"{_times(arm['steps_ratio'])}{reached}", f"{_times(arm['seconds_ratio'])}"]
             line += [f"{number(arm['tokens_per_second'])}", f"{arm['overhead']:.1%}"]
             share = arm["beyond_modulation_share"]
-            line += ["–" if share is None else f"{share:.2%}", f"{arm['base_skips']}", f"{arm['base_rollbacks']}"]
+            line += ["–" if share is None else f"{share:.2%}"]
         else:
-            line += ["–"] * 7
-        rows.append([*line, f"{arm['skips']}", f"{arm['rollbacks']}"])
+            line += ["–"] * 5
+        at_base = ("base_skips", "skips"), ("base_rollbacks", "rollbacks")
+        rows.append(
+            [*line, *(f"{arm.get(here, 0)}<small>{arm[everywhere]} in all</small>" for here, everywhere in at_base)]
+        )
     head = ["Arm", "Diverged<small>all multipliers</small>", "Steps to AdamW's loss<small>× its own, at 1×</small>"]
     head += ["Seconds to it<small>× its own, at 1×</small>", "Tokens/s", "Overhead<small>of the time</small>"]
-    head += [
-        "Beyond modulation<small>of decisions, at 1×</small>",
-        "Skips<small>at 1×</small>",
-        "Rollbacks<small>at 1×</small>",
-    ]
-    head += ["Skips<small>all</small>", "Rollbacks<small>all</small>"]
+    head += ["Beyond modulation<small>of decisions, at 1×</small>", "Skips<small>at 1×</small>"]
+    head += ["Rollbacks<small>at 1×</small>"]
     return table(f"{escape(family['name'])}: time, cost, interventions", head, rows, "main")
 
 
