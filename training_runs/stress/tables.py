@@ -14,7 +14,10 @@ from lbw_rl.training_runs.report_tables import Record, multiple, number, ratio, 
 
 def shown(target: Record, key: str = "measured") -> str:
     """A target's measured value, or the one over held-out families; `never` where a loss was never reached."""
-    return _value(target, target[key]) if target[key] is not None else "never" if target["never"] else "–"
+    if target[key] is not None:
+        return _value(target, target[key])
+    over = target["families"] if key == "measured" else target["held_out_families"]
+    return "never" if any(name in target["never"] for name in over) else "–"
 
 
 def limit(target: Record) -> str:

@@ -16,6 +16,9 @@ Arms = Mapping[str, Mapping[str, Any]]
 NEVER = math.inf
 """A value that no limit admits: the target was never reached."""
 
+RIVAL = 1.1
+"""Largest perplexity, × tuned AdamW's and at its best multiplier, of an optimizer that counts as a rival."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -62,12 +65,18 @@ def _to_target(name: str) -> Callable[[Arms, str], float | None]:
 
 
 def _to_best_rival(arms: Arms, governor: str) -> float | None:
-    """Sensitivity as a multiple of the flattest optimizer's without a governor, over the same multipliers."""
+    """Sensitivity as a multiple of the flattest optimizer's without a governor, over the same multipliers.
+
+    An optimizer that learns at no rate is flat as well: only those count that come near the baseline at their best one.
+    """
     mine = arms[governor]
     rivals = [
         a["lr_sensitivity"]
         for a in arms.values()
-        if a["controller"] in UNGOVERNED and a["multipliers"] == mine["multipliers"] and a["lr_sensitivity"] is not None
+        if a["controller"] in UNGOVERNED
+        and a["multipliers"] == mine["multipliers"]
+        and a["lr_sensitivity"] is not None
+        and a["best"]["ratio"] <= RIVAL
     ]
     if mine["lr_sensitivity"] is None or not rivals:
         return None
@@ -102,23 +111,24 @@ def judge_targets(families: Sequence[Mapping[str, Any]], governor: str) -> list[
 
     Returns:
         Per target `id`, `claim`, `scope`, `limit`, `strict`, `over`; `measured` (None: not measured, or never reached) and `met` (None
-        where nothing was measured); `held_out`, the same value over the families that no constant was chosen on;
-        `families`, name → value; `never`, the families where the baseline's loss was never reached.
+        where nothing was measured); `held_out`, the same value over the families that no constant was chosen on
+        (`held_out_families`); `families`, name → value; `never`, the families where the baseline's loss was never reached.
     """
     return [_judge(target, families, governor) for target in TARGETS]
 
 
 def _judge(target: Target, families: Sequence[Mapping[str, Any]], governor: str) -> dict[str, Any]:
     values: dict[str, float] = {}
-    held_out: list[float] = []
+    held_out: dict[str, float] = {}
     for family in families:
         arms = {arm["arm"]: arm for arm in family["arms"]}
         value = target.value(arms, governor) if governor in arms else None
         if value is not None:
             values[family["name"]] = value
-            held_out += [] if family["chosen_on"] else [value]
+            if not family["chosen_on"]:
+                held_out[family["name"]] = value
     measured = _together(target, list(values.values()))
-    over_held_out = _together(target, held_out)
+    over_held_out = _together(target, list(held_out.values()))
     return {
         "id": target.id,
         "claim": target.claim,
@@ -129,6 +139,7 @@ def _judge(target: Target, families: Sequence[Mapping[str, Any]], governor: str)
         "measured": _finite(measured),
         "met": None if measured is None else target.met(measured),
         "held_out": _finite(over_held_out),
+        "held_out_families": list(held_out),
         "families": {name: _finite(value) for name, value in values.items()},
         "never": [name for name, value in values.items() if value == NEVER],
     }
