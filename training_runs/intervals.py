@@ -38,7 +38,7 @@ def seed_interval(losses: NDArray[np.float64], figure: Callable[[NDArray[np.floa
         losses: shape (seeds, cells).
         figure: mean losses, shape (…, cells), to the figure, shape (…).
     """
-    if not any(_has_spread(column) for column in losses.T):
+    if not _has_spread([float(figure(of_seed)) for of_seed in losses]):
         return None
     from scipy.stats import bootstrap
 

@@ -11,11 +11,14 @@ from statistics import median
 from lbw_rl.training_runs.folders import read_jsonl
 
 Curve = Sequence[tuple[float, float]]
-"""(optimizer steps done, held-out loss in nats per token or NaN), in the order of the run."""
+"""(optimizer steps done, held-out loss in nats per token), in the order of the run."""
 
 
 def held_out_curve(metrics: Path, initial_loss: float) -> list[tuple[float, float]]:
-    """The held-out losses of a run's `metrics.jsonl`, the untrained model's at step 0 before them."""
+    """The held-out losses of a run's `metrics.jsonl`, the untrained model's at step 0 before them.
+
+    A loss that was not finite has no point: the neighbours of it are joined.
+    """
     points = [(0.0, initial_loss)]
     for record in read_jsonl(metrics):
         if "eval_loss" in record and record["eval_loss"] is not None:
@@ -26,12 +29,11 @@ def held_out_curve(metrics: Path, initial_loss: float) -> list[tuple[float, floa
 def steps_to(curve: Curve, target: float) -> float:
     """Steps until the curve, linear between evaluations, first is at `target` or below it; inf if it never is."""
     for i, (step, loss) in enumerate(curve):
-        if not loss <= target:
-            continue
-        before, above = curve[i - 1] if i else (step, loss)
-        if not math.isfinite(above) or above <= loss:
-            return step
-        return before + (above - target) / (above - loss) * (step - before)
+        if loss <= target:
+            if i == 0:
+                return step
+            before, above = curve[i - 1]
+            return before + (above - target) / (above - loss) * (step - before)
     return math.inf
 
 

@@ -34,7 +34,7 @@ class Reference:
         multiplier: where it is best.
         losses: seed → final loss (capped), nats per token.
         steps: seed → steps until it first was at its own final loss.
-        seconds: seed → wall seconds until then.
+        seconds: seed → seconds until then, at the arm's time a step.
     """
 
     arm: str
@@ -58,7 +58,8 @@ def measure(rows: Sequence[Row], folder: Path, reference_arm: str) -> dict[str, 
         seeds never reached `steps_ratio` and `seconds_ratio` are None with `reached` below `seeds`.
     """
     table = _by_arm(rows)
-    reference = _reference(table[reference_arm], reference_arm, folder)
+    speed = {arm: _step_seconds(cells, folder) for arm, cells in table.items()}
+    reference = _reference(table[reference_arm], reference_arm, folder, speed[reference_arm])
     loss = fmean(reference.losses.values())
     arms = [
         {
@@ -66,7 +67,7 @@ def measure(rows: Sequence[Row], folder: Path, reference_arm: str) -> dict[str, 
             "optimizer": next(iter(cells.values()))[0].optimizer,
             "controller": next(iter(cells.values()))[0].controller,
             **_over_the_axis(cells, reference),
-            **(_at_base(cells[1.0], reference, folder) if 1.0 in cells else {}),
+            **(_at_base(cells[1.0], reference, folder, speed[arm]) if 1.0 in cells else {}),
         }
         for arm, cells in table.items()
     ]
@@ -91,14 +92,19 @@ def _by_arm(rows: Sequence[Row]) -> dict[str, _Cells]:
     return table
 
 
-def _reference(cells: _Cells, arm: str, folder: Path) -> Reference:
+def _step_seconds(cells: _Cells, folder: Path) -> float:
+    """An arm's time a step: of all its runs, since they are spread over the time that the suite takes."""
+    return median(step_seconds(folder / row.folder / METRICS) for rows in cells.values() for row in rows)
+
+
+def _reference(cells: _Cells, arm: str, folder: Path, speed: float) -> Reference:
     means = {m: fmean(capped(r) for r in rows) for m, rows in cells.items()}
     best = min(means, key=lambda m: (means[m], abs(math.log(m))))
     losses, steps, seconds = {}, {}, {}
     for row in cells[best]:
         losses[row.seed] = capped(row)
         steps[row.seed] = steps_to(held_out_curve(folder / row.folder / METRICS, row.initial_loss), capped(row))
-        seconds[row.seed] = steps[row.seed] * step_seconds(folder / row.folder / METRICS)
+        seconds[row.seed] = steps[row.seed] * speed
     return Reference(arm, best, losses, steps, seconds)
 
 
@@ -166,17 +172,18 @@ def _over_the_axis(cells: _Cells, reference: Reference) -> dict[str, Any]:
     }
 
 
-def _at_base(rows: Sequence[Row], reference: Reference, folder: Path) -> dict[str, Any]:
+def _at_base(rows: Sequence[Row], reference: Reference, folder: Path, speed: float) -> dict[str, Any]:
     """What holds at multiplier 1, where the rate is right and a run is healthy."""
     paired = [row for row in rows if row.seed in reference.losses]
     differences = np.array([[capped(row) - reference.losses[row.seed]] for row in paired])
     interval = seed_interval(differences, lambda means: means[..., 0])
-    speed = {row.folder: step_seconds(folder / row.folder / METRICS) for row in rows}
     steps = [_steps(row, folder, reference.losses[row.seed]) for row in paired]
     step_ratios = [_over(s, reference.steps[row.seed]) for s, row in zip(steps, paired)]
-    second_ratios = [_over(s * speed[row.folder], reference.seconds[row.seed]) for s, row in zip(steps, paired)]
-    governed = [row for row in rows if row.controller not in UNGOVERNED]
-    counted = [interventions(folder / row.folder / LEDGER) for row in governed]
+    second_ratios = [_over(s * speed, reference.seconds[row.seed]) for s, row in zip(steps, paired)]
+    ledgers = [folder / row.folder / LEDGER for row in rows if row.controller not in UNGOVERNED]
+    counted = [
+        interventions(ledger) for ledger in ledgers if ledger.is_file()
+    ]  # one that the disk did not take counts not
     decisions = sum(total for _, total in counted)
     return {
         "ppl": math.exp(min(fmean(capped(row) for row in rows), 700.0)),
@@ -186,8 +193,8 @@ def _at_base(rows: Sequence[Row], reference: Reference, folder: Path) -> dict[st
         "steps_to_target": _finite(median(steps)),
         "steps_ratio": _finite(median(step_ratios)),
         "seconds_ratio": _finite(median(second_ratios)),
-        "run_seconds": median(row.steps * speed[row.folder] for row in rows),
-        "tokens_per_second": median(_tokens_per_step(folder / row.folder) / speed[row.folder] for row in rows),
+        "run_seconds": median(row.steps * speed for row in rows),
+        "tokens_per_second": median(_tokens_per_step(folder / row.folder) / speed for row in rows),
         "overhead": median(row.overhead_seconds / row.seconds for row in rows if row.seconds > 0),
         "beyond_modulation": sum(n for n, _ in counted),
         "beyond_modulation_share": sum(n for n, _ in counted) / decisions if decisions else None,

@@ -131,7 +131,7 @@ _MEASURES = (
     "bootstrap intervals over seeds, which with three seeds are hardly wider than their range.</p>"
     '<p class="note">Steps to AdamW\'s loss: until the held-out loss, linear between evaluations, first is at the loss that '
     "tuned AdamW ends with at that seed; divided by the steps that AdamW itself needs to get there, median over seeds. Seconds: "
-    "those steps times the run's median step time, governance included, evaluation not; optimizers alone run with "
+    "those steps times the arm's median step time, over its runs, governance included, evaluation not; optimizers alone run with "
     "governance off. Beyond modulation: share of decisions that skip, roll back or answer an alarm, on runs at "
     f"{multiplier_label(1.0)}, where nothing is wrong. Tokens per second, and all times, are of this machine under the load of "
     "the suite's own workers.</p>"
