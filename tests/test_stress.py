@@ -313,6 +313,13 @@ def test_a_dry_run_lists_every_run_and_writes_nothing(lbw, small, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_cannot_start_leaves_an_empty_folder(lbw, small, tmp_path, in_process):
+    arguments = ["stress", "--families", "mini-qwen2-150", *small, "--out", tmp_path / "out"]
+    refused = lbw(*arguments, "--set", "data.corpus=absent.txt").refusal()
+    assert refused.startswith("data.corpus: 'absent.txt' is no known corpus")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_bad_input_is_told_in_one_line(lbw):
     assert lbw("stress", "--suite", "maxi").refusal().startswith("suite: 'maxi' is unknown; accepted: mini")
     assert lbw("stress", "--budget", "huge").refusal().startswith("budget: 'huge' is unknown; accepted: quick, full")

@@ -15,6 +15,7 @@ from lbw_rl.training_runs.folders import prepare_output, read_jsonl, write_json
 from lbw_rl.training_runs.grid import (
     Arm,
     Cell,
+    grid_workers,
     parse_arms,
     parse_multiplier,
     record_of_corpus,
@@ -84,7 +85,8 @@ def compare(
     for cell in cells[: len(arms)]:  # a bad option must not show after an hour of runs
         load_controller(cell.recipe.controller.name, **cell.recipe.controller.options)
     folder = prepare_output(out, resume).resolve()
-    rows = run_cells(cells, folder, backend=backend, workers=workers, progress=progress)
+    with grid_workers(folder, backend, workers, len(cells)) as submit:
+        rows = run_cells(cells, folder, submit, progress)
     ordered = _with_targets([rows[cell.folder] for cell in cells], folder)
     summary = summarise(ordered, default_reference(ordered))
     results = Results(rows=ordered, summary={**summary, "provenance": provenance(recipe, folder, cells, command)})

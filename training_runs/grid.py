@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import as_completed
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -103,12 +105,33 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", text).strip("-").lower()
 
 
+Submit = Callable[..., Future[Any]]
+"""Hands a function and its arguments to a worker."""
+
+
+@contextlib.contextmanager
+def grid_workers(out: Path, backend: Backend, workers: int | None, most: int | None = None) -> Iterator[Submit]:
+    """`executor`, for runs below `out`.
+
+    Args:
+        out: the grid's folder. Left by a ValueError, the block removes the folders of runs that are empty, so that
+            the corrected command finds an empty one.
+        backend: see `executor`.
+        workers: local processes; default: one per core.
+        most: no more than these.
+    """
+    try:
+        with executor(backend, max(1, min(workers or os.cpu_count() or 1, most or sys.maxsize))) as submit:
+            yield submit
+    except ValueError:
+        remove_empty(out / "runs")
+        raise
+
+
 def run_cells(
     cells: Sequence[Cell],
     out: Path,
-    *,
-    backend: Backend = "local",
-    workers: int | None = None,
+    submit: Submit,
     progress: Callable[[int, int, Row], None] | None = None,
 ) -> dict[str, Row]:
     """Runs the cells, in their order, and reads back those that an earlier attempt finished.
@@ -116,29 +139,23 @@ def run_cells(
     Args:
         cells: cells that share a folder are one run.
         out: the grid's folder.
-        backend: see `executor`.
-        workers: local processes; default: one per core.
+        submit: see `grid_workers`.
         progress: told (runs done, runs in all, row of the latest).
 
     Returns:
         The row of each cell's folder.
 
     Raises:
-        ValueError: a run whose settings cannot be used; folders that it left empty are removed.
+        ValueError: a run whose settings cannot be used.
     """
     unique = {cell.folder: cell for cell in cells}
     rows: dict[str, Row] = {}
-    try:
-        with executor(backend, max(1, min(workers or os.cpu_count() or 1, len(unique)))) as submit:
-            pending = {submit(_run_cell, cell, out): cell for cell in unique.values()}
-            for future in as_completed(pending):
-                cell = pending[future]
-                rows[cell.folder] = row = Row(**result_of(future), arm=cell.arm.label, folder=cell.folder)
-                if progress is not None:
-                    progress(len(rows), len(unique), row)
-    except ValueError:
-        remove_empty(out / "runs")  # so that the corrected command finds an empty folder
-        raise
+    pending = {submit(_run_cell, cell, out): cell for cell in unique.values()}
+    for future in as_completed(pending):
+        cell = pending[future]
+        rows[cell.folder] = row = Row(**result_of(future), arm=cell.arm.label, folder=cell.folder)
+        if progress is not None:
+            progress(len(rows), len(unique), row)
     return rows
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lbw_rl.training_runs.folders import prepare_output, write_json
-from lbw_rl.training_runs.grid import Cell, record_of_corpus, record_of_machine, run_cells
+from lbw_rl.training_runs.grid import Cell, Submit, grid_workers, record_of_corpus, record_of_machine, run_cells
 from lbw_rl.training_runs.results import Results, Row, summarise, write_results
 from lbw_rl.training_runs.run import LEDGER
 from lbw_rl.training_runs.stress.conduct import mean_scale
 from lbw_rl.training_runs.stress.measures import measure
-from lbw_rl.training_runs.stress.plan import Plan, Setting
+from lbw_rl.training_runs.stress.plan import PLAN, Plan, Setting
 from lbw_rl.training_runs.stress.source import source_table
 from lbw_rl.training_runs.stress.suite import ADAMW, GUARD, MULTIPLIERS, TUNED, Family
 from lbw_rl.training_runs.stress.targets import judge_targets
@@ -73,14 +73,21 @@ def stress(
     folder = prepare_output(out, resume).resolve()
     plan.keep(folder)
 
+    try:
+        with grid_workers(folder, backend, workers or plan.suite.workers) as submit:
+            rows, tuned = _run_stages(plan, folder, meters, submit)
+    except ValueError:
+        if not (folder / "runs").exists():  # nothing was finished: the corrected command finds an empty folder
+            (folder / PLAN).unlink()
+        raise
+    return _findings(plan, folder, rows, tuned, command or " ".join(sys.argv[:1]))
+
+
+def _run_stages(plan: Plan, folder: Path, meters: Meters, submit: Submit) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of grid and replays, and what the search found in each family."""
+
     def run(cells: Sequence[Cell], meter: Meter) -> dict[str, Row]:
-        return run_cells(
-            cells,
-            folder,
-            backend=backend,
-            workers=workers or plan.suite.workers,
-            progress=lambda done, total, row: meter.update(done, total, _note(row)),
-        )
+        return run_cells(cells, folder, submit, lambda done, total, row: meter.update(done, total, _note(row)))
 
     tuned: dict[str, Any] = {}
     if plan.budget.search is not None:
@@ -97,7 +104,7 @@ def stress(
     if blind:
         with meters("3/3 open-loop replay") as meter:
             rows += _labelled(blind, run(blind, meter))
-    return _findings(plan, folder, rows, tuned, command or " ".join(sys.argv[:1]))
+    return rows, tuned
 
 
 def _note(row: Row) -> str:
