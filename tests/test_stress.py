@@ -22,6 +22,7 @@ pytest.importorskip("transformers", reason="needs the extra lbw-rl[hf]")
 pytest.importorskip("plotly", reason="needs the extra lbw-rl[report]")
 pytest.importorskip("scipy", reason="needs the extra lbw-rl[report]")
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FAMILIES = ("mini-qwen2-150", "mini-llama-1000")
 
 
@@ -212,6 +213,17 @@ def test_the_report_holds_every_table_and_a_panel_a_family(suite, lbw):
     assert answer.code == 0
     assert "LBW-Guard-style against its targets" in answer.out
     assert (folder / "report.html").read_text(encoding="utf-8") == page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: the figures were not drawn")
+def test_a_browser_draws_a_panel_a_family(suite, tmp_path):
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync "
+    flags += "--virtual-time-budget=5000 --window-size=1200,5000 --dump-dom"
+    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path}", (suite[0] / "report.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    drawn = re.findall(r'<div class="plot[^>]*id="(family\d)"[^>]*>.{0,200}?plot-container', dom, re.DOTALL)
+    assert drawn == ["family0", "family1"]
+    assert 'class="xtick"' in dom
 
 
 def test_more_of_the_same_suite_adds_to_the_folder(suite, lbw, tiny, tmp_path, in_process):
