@@ -67,7 +67,7 @@ def killed(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("suite") / "out"
     settings = [part for setting in [*tiny, "train.steps=12"] for part in ("--set", setting)]
     command = [sys.executable, "-c", "from lbw_rl.cli import main; main()", "stress", "--families", ",".join(FAMILIES)]
-    command += [*settings, "--workers", "2", "--out", str(folder), "--json"]
+    command += [*settings, "--workers", "1", "--out", str(folder), "--json"]
     finished = []
 
     def kill_when(ready) -> None:

@@ -88,7 +88,7 @@ def build_stress_report(directory: str | Path) -> Path:
 {figure("Final loss against the learning rate", panels, _AXIS_CAPTION)}</section>
 <section><h2>Families</h2>{family_table(findings)}{tuning_table(findings)}</section>
 <section><h2>Every arm</h2>{_MEASURES}{families}</section>
-<section><h2>Provenance</h2>{provenance_table({**findings["provenance"], "settings": findings["settings"] or None})}</section>"""
+<section><h2>Provenance</h2>{_provenance(findings)}</section>"""
     page = document("lbw-rl: the learning-rate axis under stress", body, {panel.id: panel.spec for panel in panels})
     replace_file(directory / "report.html", page.encode())
     return directory / "report.html"
@@ -115,6 +115,11 @@ def _verdict(findings: Findings) -> str:
     if findings["preview"]:
         text += f" A preview: {escape('; '.join(findings['preview']))}. It shows nothing yet."
     return text
+
+
+def _provenance(findings: Findings) -> str:
+    corpora = {family["corpus"]: f"sha256 {family['corpus_sha256']}" for family in findings["families"]}
+    return provenance_table({**findings["provenance"], "settings": findings["settings"] or None, "corpora": corpora})
 
 
 _AXIS_CAPTION = (

@@ -94,7 +94,7 @@ def _change(row: Record) -> str:
         return ""
     if row["field"] == "run_seconds":
         return f"{before / after:.2f}×"
-    return f"{after / before - 1:+.1%}".replace("-", "−").replace("%", " %")
+    return f"{after / before - 1:+.1%}".replace("-", "−").replace("%", "&nbsp;%")
 
 
 def family_table(findings: Record) -> str:
