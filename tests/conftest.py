@@ -193,7 +193,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
         yield submit
 
-    monkeypatch.setattr("lbw_rl.training_runs.compare._executor", executor)
+    for user in ("grid", "benchmarks.records"):
+        monkeypatch.setattr(f"lbw_rl.training_runs.{user}.executor", executor)
 
 
 @pytest.fixture(scope="session")

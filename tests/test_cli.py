@@ -21,6 +21,7 @@ COMMANDS = {
     "train-policy",
     "run",
     "compare",
+    "stress",
     "report",
     "replay",
     "policy inspect",

@@ -299,6 +299,7 @@ def test_with_the_core_alone_every_command_works_or_names_its_extra(policy_folde
         f"policy inspect {policy_folder}": None,
         f"run mini-qwen2 --out {place}/run": "hf",
         f"compare mini-qwen2 --out {place}/compare": "report",
+        f"stress --families mini-qwen2-150 --out {place}/stress": "report",
         f"report {place}/used": "report",
         f"train-policy --out {place}/policy": "rl",
         f"demo --out {place}/demo": "rl",

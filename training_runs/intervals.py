@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 Interval = tuple[float, float]
@@ -23,6 +25,29 @@ def mean_interval(values: Sequence[float]) -> Interval | None:
     from scipy.stats import bootstrap
 
     result = bootstrap((np.asarray(values),), np.mean, confidence_level=CONFIDENCE, rng=np.random.default_rng(0))
+    low, high = (float(v) for v in result.confidence_interval)
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def seed_interval(losses: NDArray[np.float64], figure: Callable[[NDArray[np.float64]], Any]) -> Interval | None:
+    """Bootstrap interval over seeds of a figure of the mean loss of several cells, which the seeds share.
+
+    Whole seeds are drawn, so what is paired by seed stays paired. Otherwise as `mean_interval`.
+
+    Args:
+        losses: shape (seeds, cells).
+        figure: mean losses, shape (…, cells), to the figure, shape (…).
+    """
+    if not _has_spread([float(figure(of_seed)) for of_seed in losses]):
+        return None
+    from scipy.stats import bootstrap
+
+    def of_drawn(seeds: NDArray[Any], axis: int = -1) -> Any:
+        return figure(losses[seeds.astype(int)].mean(axis=-2))
+
+    result = bootstrap(
+        (np.arange(len(losses)),), of_drawn, confidence_level=CONFIDENCE, vectorized=True, rng=np.random.default_rng(0)
+    )
     low, high = (float(v) for v in result.confidence_interval)
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 

@@ -110,8 +110,8 @@ def sensitivity_panel(
     levels = [(tuned, "tuned<br>reference"), (untrained if any(c["diverged"] for c in cells) else None, "untrained")]
     for level, text in levels:
         if level is not None:
-            shapes.append(_rule(level))
-            notes.append(_rule_text(level, text))
+            shapes.append(level_rule(level))
+            notes.append(level_text(level, text))
     layout = {
         "xaxis": {
             "type": "log",
@@ -126,7 +126,7 @@ def sensitivity_panel(
         "margin": {"l": 52, "r": 66, "t": 8, "b": 44},
     }
     label = f"Line chart: final held-out loss of {len(traces)} arms at {len(multipliers)} learning-rate multipliers"
-    return _panel(id, traces, layout, label, "", 440)
+    return make_panel(id, traces, layout, label, "", 440)
 
 
 def loss_panel(
@@ -150,7 +150,7 @@ def loss_panel(
         "yaxis": {"title": {"text": "loss"}, "range": [lowest - 0.03 * (top - lowest), top]},
     }
     name = multiplier_label(multiplier)
-    return _panel(id, traces, layout, f"Line chart: loss over steps at {name} the base learning rate", name, 270)
+    return make_panel(id, traces, layout, f"Line chart: loss over steps at {name} the base learning rate", name, 270)
 
 
 def scale_panel(id: str, multiplier: float, runs: Mapping[str, Decisions], styles: Mapping[str, ArmStyle]) -> Panel:
@@ -169,10 +169,10 @@ def scale_panel(id: str, multiplier: float, runs: Mapping[str, Decisions], style
     layout = {
         "xaxis": _steps_axis([d.lr_scale for d in runs.values()]),
         "yaxis": {"title": {"text": "LR scale"}, "type": "log", **_log_ticks(runs)},
-        "shapes": [_rule(1.0)],
+        "shapes": [level_rule(1.0)],
     }
     name = multiplier_label(multiplier)
-    return _panel(id, traces, layout, f"Line chart: executed learning-rate scale at {name}", name, 270)
+    return make_panel(id, traces, layout, f"Line chart: executed learning-rate scale at {name}", name, 270)
 
 
 def regime_panel(
@@ -206,10 +206,11 @@ def regime_panel(
     }
     name = multiplier_label(multiplier)
     label = f"Timeline: regimes of {len(arms)} governed arms at {name} the base learning rate"
-    return _panel(id, traces, layout, label, name, 80 + 30 * len(arms))
+    return make_panel(id, traces, layout, label, name, 80 + 30 * len(arms))
 
 
-def _panel(id: str, traces: Sequence[Any], layout: Mapping[str, Any], label: str, title: str, height: int) -> Panel:
+def make_panel(id: str, traces: Sequence[Any], layout: Mapping[str, Any], label: str, title: str, height: int) -> Panel:
+    """A panel of traces with the layout that all figures share; `layout` adds to it."""
     common: dict[str, Any] = {
         "template": {},
         "showlegend": False,
@@ -265,12 +266,14 @@ def _log_ticks(runs: Mapping[str, Decisions]) -> dict[str, Any]:
     return {"range": [low - margin, high + margin], "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks]}
 
 
-def _rule(y: float) -> dict[str, Any]:
+def level_rule(y: float) -> dict[str, Any]:
+    """A horizontal line across the panel, as a plotly shape."""
     line = {"width": 1, "dash": "dot", "color": REFERENCE_COLOUR}
     return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y", "y0": y, "y1": y, "line": line}
 
 
-def _rule_text(y: float, text: str) -> dict[str, Any]:
+def level_text(y: float, text: str) -> dict[str, Any]:
+    """What such a line is, beside it, as a plotly annotation."""
     font = {"size": 11, "color": REFERENCE_COLOUR}
     place = {"xref": "paper", "x": 1.006, "xanchor": "left", "yref": "y", "y": y, "yanchor": "middle"}
     return {"text": text, "showarrow": False, "font": font, "align": "left", **place}

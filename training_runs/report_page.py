@@ -75,8 +75,8 @@ def section(
         "at the untrained model's. LR sensitivity: mean over the multipliers of min(final, initial) loss minus the best "
         "(Wortsman et al., arXiv 2309.14322); 0 is perfectly flat. “× tuned”: ratio to the "
         "reference arm at its own best learning rate, geometric mean over paired seeds. Overhead: the governor's share of the run's time.</p>",
-        _legend(styles, chips),
-        _figure("Final loss against the learning rate", panels["sensitivity"], _sensitivity_caption(counts)),
+        legend(styles, chips),
+        figure("Final loss against the learning rate", panels["sensitivity"], _sensitivity_caption(counts)),
     ]
     if comparisons:
         parts += [
@@ -89,13 +89,14 @@ def section(
         "whose final loss is the median. A line that leaves the panel at the top lost what it had learned."
     )
     parts += [
-        _figure("Loss over the run", panels["loss"], loss_note + _missing("metrics", runs.without_metrics)),
-        _figure(
+        figure("Loss over the run", panels["loss"], loss_note + _missing("metrics", runs.without_metrics), " LR"),
+        figure(
             "Learning-rate scale that was executed",
             panels["scale"],
             "Multiple of the scheduled learning rate, after the authority's bounds; 1 leaves it alone. Crosses are "
             "skipped updates, triangles rollbacks. Same seeds as above; an arm without a governor has no line."
             + _missing("ledger", runs.without_ledger),
+            " LR",
         ),
         _regimes(panels["regime"], runs, escape(recipe, quote=True)),
         conduct_table(cells, list(arms.values()), chips),
@@ -124,19 +125,7 @@ def page(
     recipes = list(dict.fromkeys(row.recipe for row in results.rows))
     seeds = len({row.seed for row in results.rows})
     verdicts = "".join(verdict(recipe, summary, len(recipes) > 1) for recipe in recipes)
-    figures = ",".join(f'"{key}":{spec}' for key, spec in specs.items()).replace("<", "\\u003c")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>lbw-rl: governed training under learning-rate stress</title>
-<style>{CSS}</style>
-</head>
-<body>
-<main>
-<h1>Governed training under learning-rate stress</h1>
+    body = f"""<h1>Governed training under learning-rate stress</h1>
 <p class="sub">{len(results.rows)} runs · {len({r.arm for r in results.rows})} arms · {seeds} seed{"s" * (seeds > 1)} ·
 {escape(", ".join(recipes))}</p>
 <div class="verdict" role="note" aria-label="Verdict">{verdicts}
@@ -144,7 +133,25 @@ def page(
 perplexity ratio lies wholly under 1; ratios under 1 are better.</p></div>
 {"".join(sections)}
 <section><h2>The sources' claims beside ours</h2><p>{DESIGN_NOTE}</p>{"".join(beside)}</section>
-<section><h2>Provenance</h2>{provenance_table(results.summary.get("provenance"))}</section>
+<section><h2>Provenance</h2>{provenance_table(results.summary.get("provenance"))}</section>"""
+    return document("lbw-rl: governed training under learning-rate stress", body, specs)
+
+
+def document(title: str, body: str, specs: Mapping[str, str]) -> str:
+    """A self-contained page: `body` is markup, `specs` maps a figure's element id to plotly JSON."""
+    figures = ",".join(f'"{key}":{spec}' for key, spec in specs.items()).replace("<", "\\u003c")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<style>{CSS}</style>
+</head>
+<body>
+<main>
+{body}
 <noscript><p>The tables are complete; the figures need JavaScript, which this file carries.</p></noscript>
 </main>
 <script>{get_plotlyjs()}</script>
@@ -155,7 +162,8 @@ perplexity ratio lies wholly under 1; ratios under 1 are better.</p></div>
 """
 
 
-def _legend(styles: Mapping[str, ArmStyle], chips: Mapping[str, str]) -> str:
+def legend(styles: Mapping[str, ArmStyle], chips: Mapping[str, str]) -> str:
+    """A button per arm that hides and shows it in the figures of its section."""
     buttons = "".join(
         f'<li><button type="button" aria-pressed="true" data-arm="{escape(arm, quote=True)}">{chips[arm]}'
         f"{escape(arm)}</button></li>"
@@ -170,10 +178,12 @@ def _plot(panel: Panel) -> str:
     return f'<div class="plot" id="{panel.id}" role="img" aria-label="{label}" style="height:{panel.height}px"></div>'
 
 
-def _figure(title: str, panels: Sequence[Panel], caption: str) -> str:
+def figure(title: str, panels: Sequence[Panel], caption: str, after: str = "") -> str:
+    """Panels side by side under a heading; `after` follows the title of each that has one."""
     if panels:
         boxes = "".join(
-            f'<div class="panel">{f"<h4>{p.title} LR</h4>" if p.title else ""}{_plot(p)}</div>' for p in panels
+            f'<div class="panel">{f"<h4>{escape(p.title)}{after}</h4>" if p.title else ""}{_plot(p)}</div>'
+            for p in panels
         )
     else:
         boxes = "<p>No run left anything to draw.</p>"

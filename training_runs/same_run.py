@@ -28,7 +28,7 @@ def check_same_recipe(path: Path, recipe: Recipe) -> None:
         saved = recipe_from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as e:
         raise ValueError(f"resume: {path} is no recipe ({e}); accepted: the folder of a run, or a new --out") from e
-    before, now = _flat(saved.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    before, now = flat_recipe(saved), flat_recipe(recipe)
     changed = sorted(key for key in {*before, *now} if now.get(key) != before.get(key))
     if changed:
         raise ValueError(
@@ -59,6 +59,11 @@ def refuse_former_checkpoint(folder: Path) -> None:
             f"resume: {former} is of lbw-rl 0.1.0, which this version does not read; "
             "accepted: finishing that run with 0.1.0, or a new --out"
         )
+
+
+def flat_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Dotted key → value, as JSON data."""
+    return _flat(recipe.model_dump(mode="json"))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

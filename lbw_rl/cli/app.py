@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lbw_rl.cli.console import emit_json, err, meter, out
+from lbw_rl.cli.stress import EPILOG as STRESS_EXAMPLES
+from lbw_rl.cli.stress import stress
 
 if TYPE_CHECKING:
     from lbw_rl.sinks import Sink
@@ -220,13 +222,14 @@ def compare(
 
     from lbw_rl.envs.recipe import load_recipe, override
 
-    if backend not in ("local", "ray"):
-        raise ValueError(f"backend: {backend!r} is unknown; accepted: local, ray")
     chosen = override(load_recipe(recipe), settings or [])
 
     from lbw_rl.training_runs.compare import compare as compare_arms
-    from lbw_rl.training_runs.compare import parse_arms, parse_multiplier
+    from lbw_rl.training_runs.grid import parse_arms, parse_multiplier
     from lbw_rl.training_runs.report import build_report, render_table
+    from lbw_rl.training_runs.workers import check_backend
+
+    where = check_backend(backend)
 
     with meter(f"comparing on {chosen.name}") as m:
         results = compare_arms(
@@ -236,7 +239,7 @@ def compare(
             seeds,
             out_dir,
             resume=resume,
-            backend=backend,  # type: ignore[arg-type]  # checked above
+            backend=where,
             workers=workers,
             progress=lambda done, total, row: m.update(
                 done, total, f"{row.arm} ×{row.lr_multiplier:.3g}: {row.final_loss:.3f}"
@@ -251,12 +254,24 @@ def compare(
         out.print(f"report: {path}")
 
 
+app.command(epilog=STRESS_EXAMPLES)(stress)
+
+
 @app.command(epilog="Example: `lbw-rl report cmp`")
-def report(directory: Annotated[Path, typer.Argument(help="Folder of a comparison, with results.json.")]) -> None:
-    """Rebuild report.html from a comparison's folder."""
+def report(
+    directory: Annotated[Path, typer.Argument(help="Folder of a comparison or a stress suite, with results.json.")],
+) -> None:
+    """Rebuild report.html from a comparison's or a suite's folder."""
     from lbw_rl.training_runs.report import build_report, render_table
     from lbw_rl.training_runs.results import read_results
 
+    if (directory / "stress.json").is_file():
+        from lbw_rl.training_runs.stress.report import build_stress_report, read_findings, render_targets
+
+        path = build_stress_report(directory)
+        out.print(render_targets(read_findings(directory)))
+        out.print(f"report: {path}")
+        return
     results = read_results(directory)
     path = build_report(directory)
     out.print(render_table(results))

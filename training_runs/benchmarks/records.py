@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from lbw_rl.training_runs import compare
 from lbw_rl.training_runs.folders import read_jsonl
+from lbw_rl.training_runs.workers import executor
 
 VERSIONS = ("lbw-rl", "torch", "transformers", "numpy")
 _RESAMPLES = 9999
@@ -117,7 +117,7 @@ def run_missing(
     """
     missing = [cell for cell in cells if rows.get(cell.key) is None]
     if missing:
-        with compare._executor("local", min(workers, len(missing))) as submit:
+        with executor("local", min(workers, len(missing))) as submit:
             pending = {submit(run, cell): cell for cell in missing}
             for done, future in enumerate(as_completed(pending), len(cells) - len(missing) + 1):
                 cell = pending[future]
