@@ -30,7 +30,8 @@ class UpdateTarget:
     - H = 1/(1 − β), β the momentum as executed: what is held is the displacement, not the single step;
     - S = ‖g‖ · ‖w₀‖ (nats), g the gradient and w₀ the weights at the start: the loss change, to first order, of an update as
       large as the weights. A wider, deeper or pretrained model is steeper and takes smaller steps. Factors of low-rank
-      adapters have no size of their own that would limit them: there it is steepness / S alone;
+      adapters have no size of their own that would mean anything: there it is steepness / S alone, with the weights as they
+      are now, so that their size cancels and ‖g‖ · ‖Δw‖ itself is held;
     - shape = min(sqrt(1 − p), η/η_max): p the progress, η the scheduled rate and η_max its largest so far, so that an annealing
       that the user asked for is kept, and none comes twice. Without a horizon T = 1000 and the schedule alone.
 
@@ -57,7 +58,7 @@ class UpdateTarget:
         norm = self._grad_norm.update(t.grad_norm)
         if math.isfinite(norm):
             self._largest = max(norm, self._largest * _FORGET)
-        if not self._weight_rms > 0 and t.weight_rms > 0:
+        if t.weight_rms > 0 and (self._low_rank or not self._weight_rms > 0):
             self._weight_rms = t.weight_rms
 
     def ratio(self, t: Telemetry) -> float:
