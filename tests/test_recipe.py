@@ -53,7 +53,8 @@ def test_loads_a_file(tmp_path):
     assert recipe == load_recipe(str(path))
     assert recipe.train.steps == 300
     # One stated bound leaves the others at the recipe's defaults, not at those of a bare Authority().
-    assert recipe.authority == authority.Authority(lr_scale=(1e-3, 100.0), momentum_scale=(0.5, 2.0), max_skips=3)
+    bounds = {"lr_scale": (1e-3, 100.0), "momentum_scale": (0.5, 2.0), "slew_up": 4.0}
+    assert recipe.authority == authority.Authority(**bounds, max_skips=3)
 
 
 def test_unknown_names_list_the_known_ones(tmp_path):

@@ -1,0 +1,78 @@
+"""What the governor reads off an optimizer before the first step: by shape alone, so that a resumed run is told the same."""
+
+import peft
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from lbw_rl.trainable import trainable
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def models():
+    return {
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+        "llama": LlamaForCausalLM(LlamaConfig(**SIZES)),
+        "mlp": torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)),
+    }
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_a_whole_model_is_counted_by_its_matrices_and_is_no_adapter(name):
+    model = models()[name]
+    told = trainable(torch.optim.AdamW(model.parameters()))
+    assert told.weights == sum(p.numel() for p in model.parameters() if p.ndim >= 2)
+    assert not told.low_rank
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_lora_is_recognised_by_the_rank_that_its_factors_share(name, rank):
+    config = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(models()[name], config)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    before = trainable(optimizer)
+    assert before.low_rank
+    assert before.weights == model.get_nb_trainable_parameters()[0]
+    with torch.no_grad():  # B is 0 before training and not after: neither may matter
+        for p in model.parameters():
+            p.add_(1.0)
+    assert trainable(optimizer) == before
+
+
+def test_matrices_that_merely_have_a_side_in_common_are_no_adapters():
+    square = [torch.nn.Parameter(torch.zeros(s)) for s in ((8, 64), (64, 8), (8, 8))]
+    one_way = [torch.nn.Parameter(torch.zeros(s)) for s in ((8, 64), (8, 32))]
+    ranks = [torch.nn.Parameter(torch.zeros(s)) for s in ((8, 64), (64, 4))]
+    for parameters in (square, one_way, ranks):
+        assert not trainable(torch.optim.SGD(parameters, lr=0.1)).low_rank
+
+
+def test_without_a_matrix_everything_counts():
+    gains = [torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(3), requires_grad=False)]
+    told = trainable(torch.optim.SGD(gains, lr=0.1))
+    assert (told.weights, told.low_rank) == (5, False)
+
+
+@pytest.mark.parametrize(
+    ("build", "momentum"),
+    [
+        (lambda p: torch.optim.AdamW(p, betas=(0.95, 0.99)), 0.95),
+        (lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1), betas=(torch.tensor(0.5), torch.tensor(0.9))), 0.5),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.7), 0.7),
+        (lambda p: torch.optim.SGD(p, lr=0.1), 0.0),
+        (lambda p: torch.optim.Adafactor(p), None),
+        (lambda p: torch.optim.LBFGS(p), None),
+    ],
+)
+def test_momentum_is_what_the_optimizer_was_set_to(build, momentum):
+    told = trainable(build(list(models()["mlp"].parameters())))
+    assert told.momentum == momentum
