@@ -58,7 +58,8 @@ class ModelSpec(_Spec):
     )
     lora_alpha: float = Field(default=16.0, gt=0.0, description="LoRA adapters count alpha / rank times")
     lora_targets: Literal["all-linear", "attention"] = Field(
-        default="all-linear", description="layers that get a LoRA adapter: every linear one but the output, or q, k, v, o"
+        default="all-linear",
+        description="layers that get a LoRA adapter: every linear one but the output, or q, k, v, o",
     )
 
     @model_validator(mode="after")
@@ -168,7 +169,9 @@ class TrainSpec(_Spec):
     """Length, batch, seed and bookkeeping of the run."""
 
     steps: int = Field(default=300, ge=1, description="optimizer steps")
-    batch_size: int = Field(default=8, ge=1, description="sequences per micro-batch")
+    batch_size: int = Field(
+        default=8, ge=1, description="sequences per micro-batch, over all ranks together, which share them evenly"
+    )
     accumulation: int = Field(default=1, ge=1, description="micro-batches per optimizer step")
     lr_multiplier: float = Field(default=1.0, gt=0.0, description="stress axis: multiplies optimizer.lr")
     seed: int = Field(default=0, ge=0, description="decides initial weights and the order of the data")
@@ -183,6 +186,11 @@ class TrainSpec(_Spec):
     threads: OptionalCount = Field(default=None, description="torch CPU threads; 'none' leaves the process as it is")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where to train; auto: cuda where there is one"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="how several ranks (torchrun) hold the model: ddp, each the whole of it; fsdp, a share of every weight, "
+        "gradient and moment (FSDP2). Nothing to a process alone",
     )
     measure_device: bool = Field(
         default=True,

@@ -39,6 +39,10 @@ def main() -> None:
         if not _ours(e):
             raise
         code = fail(str(e))
+    except RuntimeError as e:
+        if type(e).__name__ != "PeerLostError":  # its module would import torch
+            raise
+        code = fail(f"{e}; the same command with --resume goes on from the last checkpoint", code=1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
