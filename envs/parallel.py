@@ -62,7 +62,7 @@ def gradients_stay_here(forward: torch.nn.Module) -> contextlib.AbstractContextM
     FSDP2 does all the same, since unsharded gradients of the whole model would have to wait on every rank.
     """
     replicated = isinstance(forward, torch.nn.parallel.DistributedDataParallel)
-    return forward.no_sync() if replicated else contextlib.nullcontext()
+    return forward.no_sync() if replicated else contextlib.nullcontext()  # type: ignore[operator]
 
 
 def reshard(model: torch.nn.Module) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ T = TypeVar("T")
 _TIMEOUT = timedelta(minutes=30)
 """Of a silent rank; one that has died is noticed at once. The first rank may read, tokenise and save for minutes."""
 
+_GROUPS = itertools.count()
+
 _SHARDED_OPTIMIZERS = ("adamw", "sgd", "schedule-free")
 """Whose update is element by element; the others' norms and sums over a tensor do not know of shards."""
 
@@ -35,11 +38,13 @@ class Ranks:
         rank: this process' number; the first one is 0.
         world: how many there are.
         local_rank: this process' number on its machine, which is also the number of its GPU.
+        talk: the group, over gloo, on which the ranks come to agreements; None for a process alone.
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    talk: Any = field(default=None, repr=False)
 
     @property
     def leads(self) -> bool:
@@ -97,7 +102,7 @@ class Ranks:
             return [value]
         gathered: list[Any] = [None] * self.world
         with self._no_rank_missing():
-            dist.all_gather_object(gathered, value)
+            dist.all_gather_object(gathered, value, group=self.talk)
         return gathered
 
     def collected(self, value: T) -> list[T]:
@@ -106,7 +111,7 @@ class Ranks:
             return [value]
         gathered: list[Any] | None = [None] * self.world if self.leads else None
         with self._no_rank_missing():
-            dist.gather_object(value, gathered)
+            dist.gather_object(value, gathered, group=self.talk)
         return gathered or []
 
     def together(self, act: Callable[[], T]) -> T:
@@ -138,7 +143,7 @@ class Ranks:
             return act()
         box = [self.together(act if self.leads else _nothing)]
         with self._no_rank_missing():
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=self.talk)
         return box[0]
 
     @contextlib.contextmanager
@@ -160,7 +165,7 @@ ALONE = Ranks()
 def joined(device: str) -> Iterator[Ranks]:
     """The ranks that a launcher has started (`torchrun`), or those of a process group that exists already.
 
-    Numbers on the host travel over gloo, those on GPUs over nccl. A group that is made here is given up at the end.
+    Gradients travel over nccl between GPUs and over gloo elsewhere. A group that is made here is given up at the end.
 
     Args:
         device: the recipe's `train.device`.
@@ -177,16 +182,31 @@ def joined(device: str) -> Iterator[Ranks]:
         accelerated = device != "cpu" and torch.cuda.is_available()
         if accelerated and launch.local_rank() < torch.cuda.device_count():
             torch.cuda.set_device(launch.local_rank())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if accelerated else "gloo", timeout=_TIMEOUT)
+        store, rank, world = next(iter(dist.rendezvous("env://", timeout=_TIMEOUT)))
+        # Keys of its own: what an earlier group of this process has left in the store would be taken for an answer.
+        store = dist.PrefixStore(f"lbw-rl group {next(_GROUPS)}", store)
+        backend = "nccl" if accelerated else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
+    # Meshes outlive the run in caches of torch's, and with them the default group: were it the one that the last words are
+    # exchanged on, a thread of gloo could still be at them when the interpreter ends, which aborts it.
+    talk = dist.new_group(backend="gloo", timeout=_TIMEOUT)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), launch.local_rank())
+        yield Ranks(dist.get_rank(), dist.get_world_size(), launch.local_rank(), talk)
     except RuntimeError:
-        # A rank is gone, or about to go: giving the group up could wait for it, and hide the reason meanwhile.
-        own = False
+        # A rank is gone, or about to go: giving the groups up could wait for it, and hide the reason meanwhile.
         raise
-    finally:
-        if own and dist.is_initialized():
-            dist.destroy_process_group()
+    except BaseException:
+        _give_up(talk, own)
+        raise
+    else:
+        _give_up(talk, own)
+
+
+def _give_up(talk: Any, own: bool) -> None:
+    if dist.is_initialized():  # the caller's, where it is not our own
+        dist.destroy_process_group(talk)
+    if own and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _nothing() -> Any:

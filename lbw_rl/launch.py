@@ -28,28 +28,33 @@ def local_rank() -> int:
     return _count("LOCAL_RANK", rank())
 
 
-def say_once(message: str) -> bool:
-    """Whether this process should print a message that all ranks may have: the first one does, the others if theirs differs.
+def wording(message: str) -> str | None:
+    """How this process should print a message that all ranks may have: the first one as it is, others if theirs differs.
 
     The others wait for the first one's, since a launcher ends all processes as soon as one of them has ended. Call
     `said` when it is printed.
+
+    Returns:
+        The line, with the number of a rank that has something of its own to say; None where all is said.
     """
-    if world_size() == 1 or rank() == 0:
-        return True
     try:
+        if world_size() == 1 or rank() == 0:
+            return message
         store = _store()
         store.wait([_SAID], timedelta(seconds=_PATIENCE))
-        return bool(store.get(_SAID).decode() != message)
-    except Exception:  # it says something else or nothing, or is gone: torch raises whatever the network does
-        return True
+        if store.get(_SAID).decode() == message:
+            return None
+    except Exception:  # the first rank says nothing, or is gone: torch raises whatever the network does
+        pass
+    number = os.environ.get("RANK", "")
+    return f"rank {number}: {message}" if number.isdecimal() and int(number) else message
 
 
 def said(message: str) -> None:
     """Tells the other ranks that the first one has printed a message."""
-    if world_size() == 1 or rank() != 0:
-        return
     try:
-        _store().set(_SAID, message)
+        if world_size() > 1 and rank() == 0:
+            _store().set(_SAID, message)
     except Exception:  # nobody to tell
         return
 

@@ -28,9 +28,9 @@ err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap
 def fail(message: str, code: int = 2) -> int:
     """Prints one line on what is wrong and returns the exit code. Ranks that fail alike print it once."""
     message = " ".join(message.split())
-    if launch.say_once(message):
-        who = f"rank {launch.rank()}: " if launch.rank() else ""
-        print(f"lbw-rl: {who}{message}", file=sys.stderr, flush=True)
+    line = launch.wording(message)
+    if line is not None:
+        print(f"lbw-rl: {line}", file=sys.stderr, flush=True)
     launch.said(message)
     return code
 
