@@ -60,10 +60,11 @@ class Ranks:
         if self.world == 1:
             return
         train, optimizer = recipe.train, recipe.optimizer
-        if train.batch_size % self.world:
+        in_all = train.batch_size * train.accumulation
+        if in_all % self.world:
             raise RecipeError(
-                f"train.batch_size: {train.batch_size} sequences cannot be shared evenly by {self.world} ranks; "
-                f"accepted: a multiple of {self.world}"
+                f"train.batch_size: {train.batch_size} × train.accumulation {train.accumulation} = {in_all} sequences a step "
+                f"cannot be shared evenly by {self.world} ranks; accepted: a multiple of {self.world}"
             )
         if train.parallel != "fsdp":
             return
@@ -78,10 +79,17 @@ class Ranks:
                 "accepted: 'none', or train.parallel = 'ddp'"
             )
 
-    def rows(self, batch: torch.Tensor) -> torch.Tensor:
-        """This rank's share of a batch: an equal run of its rows, in the order of the ranks."""
+    def micro_batches(self, batch: torch.Tensor, largest: int) -> tuple[torch.Tensor, ...]:
+        """This rank's share of a step's rows, in equal parts: the fewest of at most `largest` rows.
+
+        Args:
+            batch: the rows of all ranks, a multiple of their number; shape (rows, …). The shares are runs of them, in the
+                order of the ranks.
+            largest: `train.batch_size`.
+        """
         share = len(batch) // self.world
-        return batch[self.rank * share : (self.rank + 1) * share]
+        parts = next(n for n in range(-(-share // largest), share + 1) if share % n == 0)
+        return batch[self.rank * share : (self.rank + 1) * share].split(share // parts)
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks of a tensor of the run's device; the same bits on every rank."""

@@ -169,10 +169,13 @@ class TrainSpec(_Spec):
     """Length, batch, seed and bookkeeping of the run."""
 
     steps: int = Field(default=300, ge=1, description="optimizer steps")
-    batch_size: int = Field(
-        default=8, ge=1, description="sequences per micro-batch, over all ranks together, which share them evenly"
+    batch_size: int = Field(default=8, ge=1, description="sequences per micro-batch; with ranks, at most and on each")
+    accumulation: int = Field(
+        default=1,
+        ge=1,
+        description="micro-batches per optimizer step of one process; ranks share the step's batch_size × accumulation "
+        "sequences evenly",
     )
-    accumulation: int = Field(default=1, ge=1, description="micro-batches per optimizer step")
     lr_multiplier: float = Field(default=1.0, gt=0.0, description="stress axis: multiplies optimizer.lr")
     seed: int = Field(default=0, ge=0, description="decides initial weights and the order of the data")
     eval_every: int = Field(

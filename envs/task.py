@@ -45,8 +45,8 @@ class TrainingTask:
     A governor attaches to `task.optimizer` from outside; between `backward` and `advance` the gradients of
     the step are in place. Same recipe, same bits (CPU, same number of threads).
 
-    Several ranks train a recipe together, to rounding as one process would: a batch is the recipe's whatever their
-    number, each of them reads its rows of it, and gradients are averaged. All then call the same methods.
+    Several ranks train a recipe together, to rounding as one process would: the rows of a step are the recipe's whatever
+    their number, each reads its share of them, and gradients are averaged. All then call the same methods.
 
     Attributes:
         recipe: what was built.
@@ -104,17 +104,19 @@ class TrainingTask:
             The mean training loss of this rank's share, nats per token, and the L2 norm of the gradient of all ranks
             before clipping, `None` without `optimizer.grad_clip`: detached scalars on `device`, so that nothing waits for the accelerator.
         """
-        micro_batches = self.recipe.train.accumulation
+        train = self.recipe.train
+        rows = torch.cat([self._batches(self.step, micro) for micro in range(train.accumulation)])
+        micro_batches = self.ranks.micro_batches(rows, train.batch_size)
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
-        for micro in range(micro_batches):
-            tokens = self.ranks.rows(self._batches(self.step, micro)).to(self.device, non_blocking=True)
-            partial = micro < micro_batches - 1
+        for number, tokens in enumerate(micro_batches, 1):
+            tokens = tokens.to(self.device, non_blocking=True)
+            partial = number < len(micro_batches)
             with gradients_stay_here(self._forward) if partial else contextlib.nullcontext():
                 loss = self._forward(input_ids=tokens, labels=tokens).loss
-                (loss / micro_batches).backward()
+                (loss / len(micro_batches)).backward()
             losses.append(loss.detach())
-        mean = losses[0] if micro_batches == 1 else torch.stack(losses).mean()
+        mean = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         limit = self.recipe.optimizer.grad_clip
         if limit is None:
             return mean, None

@@ -63,7 +63,9 @@ def adapt(how):
         optimizer = torch.optim.AdamW(trained, lr=1e-2)
         losses = []
         for step in range(5):
-            tokens = ranks.rows(torch.randint(67, (4, 12), generator=torch.Generator().manual_seed(step)))
+            (tokens,) = ranks.micro_batches(
+                torch.randint(67, (4, 12), generator=torch.Generator().manual_seed(step)), 4
+            )
             optimizer.zero_grad()
             loss = forward(input_ids=tokens, labels=tokens).loss
             loss.backward()
@@ -103,7 +105,7 @@ def agree():
             ranks.everybodys(RANK),
             ranks.collected(RANK),
             float(ranks.mean(torch.tensor(float(RANK)))),
-            ranks.rows(torch.arange(6)).tolist(),
+            [part.tolist() for part in ranks.micro_batches(torch.arange(12), 4)],
         ]
 
 

@@ -26,14 +26,15 @@ STEPS = 10
 
 @pytest.fixture(scope="module")
 def recipe(tiny):
-    """Makes a recipe of ten steps of two micro-batches of four rows, with clipping, checkpoints and held-out text.
+    """Makes a recipe of ten steps of four micro-batches of three rows, with clipping, checkpoints and held-out text.
 
-    Nothing of it is a multiple of the number of ranks but what must be: five rows of held-out text, uneven shards.
+    Nothing of it is a multiple of the number of ranks but what must be: five rows of held-out text, uneven shards. Each of
+    two ranks reads two micro-batches of three rows.
     """
 
     def make(*overrides):
         settings = [
-            *("model.num_layers=2", f"train.steps={STEPS}", "train.batch_size=4", "train.accumulation=2"),
+            *("model.num_layers=2", f"train.steps={STEPS}", "train.batch_size=3", "train.accumulation=4"),
             *("train.checkpoint_every=3", "train.measure_device=false", "data.eval_sequences=5"),
             *("data.vocab_size=301", "model.intermediate_size=33", "optimizer.grad_clip=1.0"),
             *("authority.max_rollbacks=1", "authority.snapshot_every=4"),
@@ -85,7 +86,7 @@ def ranks(recipe, tmp_path_factory):
     jobs |= job("in-use", "train.parallel=ddp", resume=False)
     (folder / "in-use").mkdir()
     (folder / "in-use/file").write_text("somebody else's")
-    jobs |= job("uneven", "train.batch_size=3")
+    jobs |= job("uneven", "train.batch_size=3", "train.accumulation=1")
     ports = _ports(len(jobs))
     plan = folder / "jobs.json"
     plan.write_text(json.dumps({n: (k, p, str(folder), a) for (n, (k, a)), p in zip(jobs.items(), ports, strict=True)}))
@@ -152,7 +153,7 @@ def alone(recipe, tmp_path_factory):
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 @pytest.mark.parametrize("kind", ["plain", "guarded"])
 def test_ranks_train_what_one_process_does(ranks, alone, kind, how):
-    """Two micro-batches a step, clipping at the norm of all, 5 held-out rows: losses, rates and weights are those of one."""
+    """Several micro-batches a step, clipping at the norm of all, 5 held-out rows: losses, rates and weights are those of one."""
     assert_close(alone / kind, ranks / f"{kind}-{how}", 1e-4)
     rates = [line["lr"] for line in metrics(alone / "guarded")]
     assert rates != [line["lr"] for line in metrics(alone / "plain")]  # there was something to govern
@@ -237,11 +238,12 @@ def test_what_one_rank_cannot_use_all_refuse(ranks):
         assert said[1] == said[2] == "ValueError: corpus: rank 0 has none; accepted: one"
         assert said[3].split(":")[0] in ("KeyError", "RuntimeError")
         assert said[4:8] == [1, rank, [0, 1], [0, 1] if rank == 0 else []]
-        assert said[8:] == [0.5, [[0, 1, 2], [3, 4, 5]][rank]]
+        assert said[8:] == [0.5, [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]][rank]]
     refused = [told(ranks, "uneven", rank) for rank in range(2)]
     assert refused[0] == refused[1]
     assert refused[0]["message"] == (
-        "train.batch_size: 3 sequences cannot be shared evenly by 2 ranks; accepted: a multiple of 2"
+        "train.batch_size: 3 × train.accumulation 1 = 3 sequences a step cannot be shared evenly by 2 ranks; "
+        "accepted: a multiple of 2"
     )
     occupied = [told(ranks, "in-use", rank) for rank in range(2)]
     assert occupied[0] == occupied[1]  # the second rank has never looked at the folder
