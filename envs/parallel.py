@@ -102,13 +102,12 @@ def whole_state(state: Any, ranks: Ranks) -> Any:
     return state
 
 
-def whole_weights(model: torch.nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """`whole_state` of a model's weights, in which tied ones are one tensor, as they are in the model."""
+def whole_weights(weights: Mapping[str, Any], model: torch.nn.Module, ranks: Ranks) -> dict[str, Any]:
+    """`whole_state` of a model's weights by name, all or some, in which tied ones are one tensor as they are in the model."""
     first: dict[int, str] = {}
     tied = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
-    state = model.state_dict()
-    gathered = whole_state({name: t for name, t in state.items() if tied.get(name, name) == name}, ranks)
-    return {name: gathered[tied.get(name, name)] for name in state}
+    gathered = whole_state({name: t for name, t in weights.items() if tied.get(name, name) == name}, ranks)
+    return {name: gathered[tied.get(name, name)] for name in weights}
 
 
 def sharded_state(state: Mapping[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

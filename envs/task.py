@@ -155,7 +155,7 @@ class TrainingTask:
         All ranks call it; the first one writes.
         """
         transformers = hf_package("transformers", "saving a model")
-        weights = whole_weights(self.model, self.ranks) if self.sharded else None
+        weights = whole_weights(self.model.state_dict(), self.model, self.ranks) if self.sharded else None
         if not self.ranks.leads:
             return
         with bars_on_terminals_only():

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM 
 from lbw_rl import Directive
 from lbw_rl.controllers.lbw_guard import LBWGuard
 from lbw_rl.envs.parallel import parallelise, whole, whole_weights
-from lbw_rl.envs.ranks import ALONE, joined
+from lbw_rl.envs.ranks import joined
 from lbw_rl.envs.recipe import recipe_from_dict
 from lbw_rl.training_runs.run import run
 
@@ -72,7 +72,7 @@ def adapt(how):
             norm = whole(torch.nn.utils.clip_grad_norm_(trained, 0.1))
             losses.append([float(ranks.mean(loss.detach())), float(norm)])
             optimizer.step()
-        weights = whole_weights(owner, ranks) if how == "fsdp" and ranks is not ALONE else owner.state_dict()
+        weights = whole_weights(owner.state_dict(), owner, ranks)
         if ranks.leads:
             losses.append(sorted(float(w.float().norm()) for name, w in weights.items() if "lora" in name))
     return losses
