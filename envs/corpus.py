@@ -14,7 +14,8 @@ import torch
 
 from lbw_rl.envs.extras import hf_package
 from lbw_rl.envs.recipe import DataSpec
-from lbw_rl.envs.text import CorpusError, Text, load_text
+from lbw_rl.envs.recipe_models import model_folder
+from lbw_rl.envs.text import CorpusError, Text, file_stamp, load_text
 from lbw_rl.envs.token_cache import cached_tokens
 
 __all__ = ["Batches", "Corpus", "CorpusError", "held_out_windows", "load_corpus"]
@@ -49,15 +50,15 @@ def load_corpus(data: DataSpec, model_path: str | None = None) -> Corpus:
 
     Args:
         data: the recipe's `[data]` section.
-        model_path: local folder or hub id whose tokenizer `data.tokenizer = "model"` uses.
+        model_path: local folder, hub id or recipe whose tokenizer `data.tokenizer = "model"` uses.
 
     Raises:
+        RecipeError, ModelError: see `model_folder`.
         CorpusError: see `load_text`; or no usable tokenizer, or fewer tokens than one sequence in a split.
         ModuleNotFoundError: without the extra `lbw-rl[hf]`.
     """
-    path = Path(data.corpus).expanduser()
-    stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
-    corpus = _load(data, model_path if data.tokenizer == "model" else None, stamp)
+    base = model_folder(model_path) if data.tokenizer == "model" and model_path is not None else None
+    corpus = _load(data, base, file_stamp(data))
     for part, tokens in (("training", corpus.train), ("held-out", corpus.held_out)):
         if len(tokens) < data.sequence_length:
             raise CorpusError(

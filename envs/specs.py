@@ -39,8 +39,8 @@ class ModelSpec(_Spec):
     )
     path: OptionalText = Field(
         default=None,
-        description="pretrained causal language model: local folder, hub id, or 'recipe:NAME' for the model that this "
-        "machine trains by that recipe once and keeps; excludes `architecture`",
+        description="pretrained causal language model: local folder (of a model or of LoRA adapters), hub id, or "
+        "'recipe:NAME' for the model that this machine trains by that recipe once and keeps; excludes `architecture`",
     )
     hidden_size: int = Field(default=64, ge=2, description="width of the residual stream (fresh models only, as below)")
     intermediate_size: int = Field(default=176, ge=1, description="width of the gated feed-forward layers")
@@ -68,6 +68,8 @@ class ModelSpec(_Spec):
             raise ValueError(
                 "needs exactly one of architecture ('qwen2' or 'llama') and path (a local folder or hub id)"
             )
+        if self.lora_rank is not None and self.path is None:
+            raise ValueError("lora_rank needs path: adapters correct pretrained weights; a fresh model accepts 'none'")
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(f"hidden_size {self.hidden_size} must be an even multiple of num_heads {self.num_heads}")
         if self.num_heads % self.num_kv_heads:
@@ -81,8 +83,8 @@ class DataSpec(_Spec):
     corpus: str = Field(
         default="python-docs",
         min_length=1,
-        description="'python-docs' (ships with CPython), 'wikitext-2', 'wikitext-103', "
-        "or the path of a UTF-8 text file",
+        description="'python-docs' (ships with CPython), 'python-source' (its standard library), 'wikitext-2', "
+        "'wikitext-103', or the path of a UTF-8 text file",
     )
     folder: OptionalText = Field(default=None, description="local copy of the WikiText data set, instead of the hub")
     tokenizer: Literal["bpe", "model"] = Field(

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from lbw_rl.envs.corpus import Batches, held_out_windows, load_corpus
+from lbw_rl.envs.adapters import frozen_digest, has_adapters, load_trained_state, trained_state
+from lbw_rl.envs.corpus import Batches, Corpus, held_out_windows, load_corpus
 from lbw_rl.envs.extras import bars_on_terminals_only, hf_package
 from lbw_rl.envs.model import build_model
 from lbw_rl.envs.optim import build_optimizer, build_scheduler
@@ -23,7 +24,8 @@ from lbw_rl.envs.parallel import (
     whole_weights,
 )
 from lbw_rl.envs.ranks import ALONE, Ranks
-from lbw_rl.envs.recipe import Recipe, RecipeError
+from lbw_rl.envs.recipe import ModelSpec, Recipe, RecipeError
+from lbw_rl.envs.recipe_models import model_folder
 from lbw_rl.random_state import capture_random_state, restore_random_state
 from lbw_rl.sample import is_sharded
 
@@ -33,6 +35,8 @@ _POSITIONS = 2048  # context of a fresh model: rotary positions cost nothing, an
 
 class TrainingTask:
     """The run that a recipe describes, one optimizer step at a time.
+
+    A `model.path` of the form 'recipe:NAME' is trained first, where this machine has not kept it yet.
 
     ```python
     task = TrainingTask(load_recipe("mini-qwen2"))
@@ -51,7 +55,7 @@ class TrainingTask:
     Attributes:
         recipe: what was built.
         ranks: who trains it.
-        model: the Hugging Face causal language model, in training mode.
+        model: the Hugging Face causal language model, in training mode; with `model.lora_rank`, `peft`'s around it.
         optimizer: torch optimizer at the scheduled learning rate.
         scheduler: its `LambdaLR`.
         step: optimizer steps done.
@@ -80,9 +84,16 @@ class TrainingTask:
         self.device = ranks.together(lambda: _device(train.device, ranks))
         if train.threads is not None:
             torch.set_num_threads(train.threads)
-        corpus = ranks.in_turn(lambda: load_corpus(data, recipe.model.path))
-        positions = max(_POSITIONS, data.sequence_length) if recipe.model.path is None else data.sequence_length
-        model = ranks.together(lambda: build_model(recipe.model, corpus.vocab_size, positions, train.seed))
+        def read() -> tuple[ModelSpec, Corpus]:
+            model = recipe.model
+            if model.path is not None:
+                model = model.model_copy(update={"path": model_folder(model.path)})
+            return model, load_corpus(data, model.path)
+
+        spec, corpus = ranks.in_turn(read)
+        positions = max(_POSITIONS, data.sequence_length) if spec.path is None else data.sequence_length
+        model = ranks.together(lambda: build_model(spec, corpus.vocab_size, positions, train.seed))
+        self._frozen = frozen_digest(model)
         self.model, self._forward = parallelise(model, train.parallel, self.device, ranks)
         self.model.train()
         self.sharded = any(is_sharded(p) for p in self.model.parameters())
@@ -152,24 +163,30 @@ class TrainingTask:
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes model and tokenizer as a folder that `model.path` (with `data.tokenizer = "model"`) accepts.
 
-        All ranks call it; the first one writes.
+        Of LoRA the adapters alone; the folder names the model that they go with. All ranks call it; the first one writes.
         """
         transformers = hf_package("transformers", "saving a model")
-        weights = whole_weights(self.model.state_dict(), self.model, self.ranks) if self.sharded else None
+        weights = whole_weights(trained_state(self.model), self.model, self.ranks) if self.sharded else None
         if not self.ranks.leads:
             return
         with bars_on_terminals_only():
-            self.model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+            if has_adapters(self.model):
+                # Embeddings are never trained; asked to find that out, peft would ask the hub.
+                self.model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)  # type: ignore[operator]
+            else:
+                self.model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
         transformers.PreTrainedTokenizerFast(tokenizer_object=self.tokenizer).save_pretrained(folder)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on; `torch.load(weights_only=True)` accepts it once saved.
 
-        Its tensors are the live ones: save or copy them before the next step. Of sharded weights and moments the first
-        rank gets a whole copy on its host, the others nothing; all call.
+        Under LoRA the adapters, and a digest of the frozen weights, which come again from `model.path`. Its tensors are
+        the live ones: save or copy them before the next step. Of sharded weights and moments the first rank gets a whole
+        copy on its host, the others nothing; all call.
         """
         state = {
-            "model": self.model.state_dict(),
+            "model": trained_state(self.model),
+            "frozen": self._frozen,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "step": self.step,
@@ -184,7 +201,7 @@ class TrainingTask:
         Every rank gives what the first one got, whatever the number of ranks was.
 
         Raises:
-            ValueError: the state is of another corpus, model or optimizer.
+            ValueError: the state is of another corpus, model (under LoRA, of other frozen weights) or optimizer.
         """
         if state["corpus_sha256"] != self.corpus_sha256:
             raise ValueError(
@@ -193,10 +210,14 @@ class TrainingTask:
             )
         state = sharded_state(state, self.model, self.optimizer)
         try:
-            self.model.load_state_dict(state["model"])
+            load_trained_state(self.model, state["model"])
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"checkpoint: does not fit the recipe's model ({reason})") from error
+        if state.get("frozen", "") != self._frozen:
+            raise ValueError(
+                f"checkpoint: was trained on other frozen weights than model.path {self.recipe.model.path!r} holds now"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step = int(state["step"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import sysconfig
+import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,14 @@ from typing import Any
 from lbw_rl.envs.extras import bars_on_terminals_only, hf_package
 from lbw_rl.envs.recipe import DataSpec
 
-_ACCEPTED = "accepted: 'python-docs', 'wikitext-2', 'wikitext-103', or the path of a UTF-8 text file"
+_ACCEPTED = "accepted: 'python-docs', 'python-source', 'wikitext-2', 'wikitext-103', or the path of a UTF-8 text file"
 _HUB_NAME = "Salesforce/wikitext"
+
+_SOURCE_TEXT = 8_000_000  # characters; a Python without its tests has about ten million
+# pydoc_data is the text of 'python-docs', which a model that learned from the sources is to meet as new; encodings
+# are tables of numbers; the rest is what a machine, not Python, brings.
+_NO_SOURCE = frozenset({"test", "tests", "idle_test", "pydoc_data", "encodings", "site-packages", "dist-packages"})
+_OF_THE_MACHINE = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 
 class CorpusError(ValueError):
@@ -43,6 +51,8 @@ def load_text(data: DataSpec) -> Text:
     """
     if data.corpus == "python-docs":
         text = _python_docs()
+    elif data.corpus == "python-source":
+        text = _python_source(Path(sysconfig.get_path("stdlib")))
     elif data.corpus in ("wikitext-2", "wikitext-103"):
         splits = _wikitext(data)
         held_out = _join_rows(splits["validation"]["text"]) if "validation" in splits else ""
@@ -53,6 +63,12 @@ def load_text(data: DataSpec) -> Text:
         text = _file(data.corpus)
     cut = round(len(text) * (1.0 - data.eval_fraction))
     return _text(data, text[:cut], text[cut:])
+
+
+def file_stamp(data: DataSpec) -> tuple[int, int] | None:
+    """Modification time in ns and size of a corpus that is a file, by which a changed one is known; else None."""
+    path = Path(data.corpus).expanduser()
+    return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
 
 
 def _text(data: DataSpec, train: str, held_out: str) -> Text:
@@ -70,9 +86,39 @@ def _python_docs() -> str:
     except ImportError as error:
         raise CorpusError(
             "data.corpus: 'python-docs' is missing from this Python (a trimmed standard library); "
-            "accepted here: 'wikitext-2', 'wikitext-103', or the path of a UTF-8 text file"
+            "accepted here: 'python-source', 'wikitext-2', 'wikitext-103', or the path of a UTF-8 text file"
         ) from error
     return "\n\n".join(topics[key] for key in sorted(topics))
+
+
+def _python_source(library: Path) -> str:
+    """The modules of the standard library in the order of their paths, without tests, to about eight million characters.
+
+    The same for everybody who runs the same Python; `Text.sha256` tells where it is not.
+    """
+    parts: list[str] = []
+    length = 0
+    for path in sorted(library.rglob("*.py"), key=lambda p: p.relative_to(library).as_posix()):
+        inside = path.relative_to(library)
+        folders = inside.parts[:-1]
+        if _NO_SOURCE.intersection(folders) or path.name.startswith(_OF_THE_MACHINE):
+            continue
+        if not all((library.joinpath(*folders[: n + 1]) / "__init__.py").is_file() for n in range(len(folders))):
+            continue  # in no package: scripts and data of the installation
+        try:
+            with tokenize.open(path) as file:  # in the encoding that the source declares
+                parts.append(file.read())
+        except (OSError, SyntaxError, UnicodeDecodeError):
+            continue
+        length += len(parts[-1])
+        if length >= _SOURCE_TEXT:
+            break
+    if not parts:
+        raise CorpusError(
+            "data.corpus: 'python-source' is missing from this Python (a standard library without *.py files); "
+            "accepted here: 'python-docs', 'wikitext-2', 'wikitext-103', or the path of a UTF-8 text file"
+        )
+    return "\n\n".join(parts)[:_SOURCE_TEXT]
 
 
 def _file(name: str) -> str:

@@ -22,6 +22,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_files(folder: Path) -> None:
+    """Puts the files in a folder, and their names, on disk: what is renamed after this is whole.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Writes a file in one atomic replacement that outlives a power loss.
 

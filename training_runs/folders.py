@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lbw_rl.files import replace_file, sync_folder
+from lbw_rl.files import replace_file, sync_files, sync_folder
 
 log = logging.getLogger("lbw_rl")
 
@@ -60,10 +60,7 @@ def replace_folder(new: Path, folder: Path) -> None:
     Raises:
         OSError: the disk failed; `folder` is as it was, or not there.
     """
-    for path in (p for p in new.rglob("*") if p.is_file()):
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    sync_folder(new)
+    sync_files(new)
     old = folder.with_name(folder.name + ".old.tmp")  # a folder can only be renamed onto an empty one
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

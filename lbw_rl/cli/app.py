@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lbw_rl.cli.console import emit_json, meter, out
+from lbw_rl.cli.console import emit_json, err, meter, out
 
 if TYPE_CHECKING:
     from lbw_rl.sinks import Sink
@@ -77,7 +77,10 @@ def train_policy(
         )
 
 
-@app.command(epilog="Example: `lbw-rl run mini-qwen2 --controller lbw-guard --set train.lr_multiplier=30 --out run30`")
+@app.command(
+    epilog="Examples: `lbw-rl run mini-qwen2 --controller lbw-guard --set train.lr_multiplier=30 --out run30`, "
+    "`lbw-rl run qwen2.5-7b --dry-run --tflops 300`"
+)
 def run(
     recipe: RecipeName,
     controller: Annotated[
@@ -109,6 +112,17 @@ def run(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write TensorBoard event files to OUT/tensorboard.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Train nothing: print parameters, memory, tokens and time, from shapes alone."),
+    ] = False,
+    devices: Annotated[
+        int | None, typer.Option(help="With --dry-run: devices that share the weights (FSDP); default: 1.")
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="With --dry-run: 10^12 operations per second of each device; default: measured here."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe under a controller.
@@ -129,6 +143,17 @@ def run(
         chosen = chosen.model_copy(update={"controller": ControllerSpec()})
     chosen = override(chosen, [*(settings or []), *name])
 
+    if dry_run:
+        from lbw_rl.cli.estimate import print_estimate
+
+        print_estimate(chosen, devices, tflops, as_json)
+        return
+    for option, value in (("devices", devices), ("tflops", tflops)):
+        if value is not None:
+            raise ValueError(f"{option}: {value} estimates nothing; accepted: together with --dry-run")
+
+    from lbw_rl.training_runs.estimate import notice
+    from lbw_rl.training_runs.run import SUMMARY
     from lbw_rl.training_runs.run import run as run_recipe  # torch, once the recipe is known to be good
 
     folder = out_dir or Path("runs") / f"{chosen.name}-{Path(chosen.controller.name).name}"
@@ -146,6 +171,8 @@ def run(
 
         sinks.append(TensorBoardSink(folder / "tensorboard"))
     leads = launch.rank() == 0
+    if leads and not (folder / SUMMARY).exists() and (needs := notice(chosen)):
+        err.print(needs)
     with meter(f"{chosen.name} · {chosen.controller.name}") if leads else nullcontext() as m:
         summary = run_recipe(
             chosen,
