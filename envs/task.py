@@ -84,6 +84,7 @@ class TrainingTask:
         self.device = ranks.together(lambda: _device(train.device, ranks))
         if train.threads is not None:
             torch.set_num_threads(train.threads)
+
         def read() -> tuple[ModelSpec, Corpus]:
             model = recipe.model
             if model.path is not None:
