@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from lbw_rl.envs.reactive import ReactiveSchedule
 from lbw_rl.envs.recipe import OptimizerSpec, ScheduleSpec
+from lbw_rl.envs.rivals import build_rival
 from lbw_rl.param_groups import split_parameter_groups
 
 
 def build_optimizer(spec: OptimizerSpec, model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Builds a torch optimizer over the trainable weights of `model`.
+    """Builds the optimizer over the trainable weights of `model`.
 
     Weight decay holds for matrices and embeddings; biases and norm gains (one dimension) are in a second
     parameter group without it.
@@ -25,6 +27,9 @@ def build_optimizer(spec: OptimizerSpec, model: torch.nn.Module, lr: float) -> t
         spec: the recipe's `[optimizer]` section.
         model: its parameters with `requires_grad` are optimized.
         lr: peak learning rate, multiplier included.
+
+    Raises:
+        ModuleNotFoundError: an optimizer of `lbw_rl.envs.rivals` whose package is missing.
     """
     trainable = [(name, p) if spec.per_tensor else p for name, p in model.named_parameters() if p.requires_grad]
     matrix = [p.ndim >= 2 for p in model.parameters() if p.requires_grad]
@@ -46,13 +51,17 @@ def _build(spec: OptimizerSpec, groups: list[dict[str, Any]], lr: float) -> torc
         return torch.optim.AdamW(groups, lr=lr, betas=spec.betas, eps=spec.eps, foreach=foreach, fused=fused or None)
     if spec.name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=spec.momentum, foreach=foreach, fused=fused or None)
-    return torch.optim.Adafactor(groups, lr=lr, foreach=foreach)
+    if spec.name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=lr, foreach=foreach)
+    return build_rival(spec, groups, lr)
 
 
 def build_scheduler(
     spec: ScheduleSpec, optimizer: torch.optim.Optimizer, total_steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule as a `LambdaLR` over `schedule_multiplier`."""
+) -> LambdaLR | ReactiveSchedule:
+    """The schedule as a `LambdaLR` over `schedule_multiplier`, or one that is told the loss of every step."""
+    if spec.name in ("greedy", "plateau"):
+        return ReactiveSchedule(spec, optimizer, total_steps)
     return LambdaLR(optimizer, schedule_multiplier(spec, total_steps))
 
 

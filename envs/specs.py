@@ -144,13 +144,21 @@ class OptimizerSpec(_Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimizerSpec:
-        if self.name == "adafactor" and self.implementation == "fused":
-            raise ValueError("implementation 'fused' does not exist for adafactor; accepted: 'foreach', 'plain'")
+        if self.name not in ("adamw", "sgd") and self.implementation == "fused":
+            raise ValueError(f"implementation 'fused' does not exist for {self.name}; accepted: 'foreach', 'plain'")
+        if self.name in ("schedule-free", "prodigy") and self.per_tensor:
+            # Prodigy refuses groups at several rates; Schedule-Free's averages would differ by group, unseen by checkpoints.
+            raise ValueError(f"per_tensor does not go with {self.name}; accepted: false")
+        if self.adaptive_clip == "adagc" and self.grad_clip is not None:
+            raise ValueError("grad_clip does not go with adaptive_clip 'adagc', which brings its own; accepted: 'none'")
         return self
 
 
 class ScheduleSpec(_Spec):
-    """The learning-rate schedule, a closed-form multiple of the peak. The governor scales what it gives."""
+    """The learning-rate schedule: a closed-form multiple of the peak, or an answer to the training loss.
+
+    The governor scales what it gives.
+    """
 
     name: Literal["constant", "linear", "cosine", "wsd", "greedy", "plateau"] = Field(
         default="cosine",
@@ -240,4 +248,13 @@ class Recipe(_Spec):
     def _consistent(self) -> Recipe:
         if self.data.tokenizer == "model" and self.model.path is None:
             raise ValueError("data.tokenizer 'model' needs model.path; a fresh model accepts 'bpe'")
+        if self.optimizer.name == "schedule-free" and self.schedule.name != "constant":
+            raise ValueError(
+                f"schedule.name {self.schedule.name!r} does not go with optimizer.name 'schedule-free', whose average takes "
+                "its place; accepted: 'constant' (schedule.warmup_steps holds)"
+            )
+        if self.optimizer.name == "prodigy" and self.controller.options.get("micro"):
+            raise ValueError(
+                "controller.options.micro does not go with optimizer.name 'prodigy', which has one rate for all; accepted: false"
+            )
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from lbw_rl.envs.adapters import frozen_digest, has_adapters, load_trained_state, trained_state
+from lbw_rl.envs.clipping import build_clipping
 from lbw_rl.envs.corpus import Batches, Corpus, held_out_windows, load_corpus
 from lbw_rl.envs.extras import bars_on_terminals_only, hf_package
 from lbw_rl.envs.model import build_model
@@ -24,8 +26,10 @@ from lbw_rl.envs.parallel import (
     whole_weights,
 )
 from lbw_rl.envs.ranks import ALONE, Ranks
+from lbw_rl.envs.reactive import ReactiveSchedule
 from lbw_rl.envs.recipe import ModelSpec, Recipe, RecipeError
 from lbw_rl.envs.recipe_models import model_folder
+from lbw_rl.envs.rivals import evaluation_weights
 from lbw_rl.random_state import capture_random_state, restore_random_state
 from lbw_rl.sample import is_sharded
 
@@ -57,7 +61,7 @@ class TrainingTask:
         ranks: who trains it.
         model: the Hugging Face causal language model, in training mode; with `model.lora_rank`, `peft`'s around it.
         optimizer: torch optimizer at the scheduled learning rate.
-        scheduler: its `LambdaLR`.
+        scheduler: its `LambdaLR` or `ReactiveSchedule`.
         step: optimizer steps done.
         total_steps: optimizer steps planned.
         sharded: whether this rank holds a share of each weight alone.
@@ -76,7 +80,7 @@ class TrainingTask:
 
         Raises:
             RecipeError, CorpusError, ModelError (all `ValueError`): one line on what cannot be used.
-            ModuleNotFoundError: without the extra `lbw-rl[hf]`.
+            ModuleNotFoundError: without the extra `lbw-rl[hf]`, or `lbw-rl[rivals]` where the recipe names one.
         """
         data, train = recipe.data, recipe.train
         self.recipe, self.ranks = recipe, ranks
@@ -107,14 +111,16 @@ class TrainingTask:
         self.tokenizer = corpus.tokenizer
         self._batches = Batches(corpus.train, data.sequence_length, train.batch_size, train.seed)
         self._held_out = held_out_windows(corpus.held_out, data.sequence_length, data.eval_sequences)
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._clipping = build_clipping(recipe.optimizer, self.model, train.steps)
+        self._loss: torch.Tensor | float = math.nan
 
     def backward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Forward and backward over the micro-batches of the step at hand, from zeroed gradients.
 
         Returns:
             The mean training loss of this rank's share, nats per token, and the L2 norm of the gradient of all ranks
-            before clipping, `None` without `optimizer.grad_clip`: detached scalars on `device`, so that nothing waits for the accelerator.
+            before clipping, `None` where the recipe does not clip: detached scalars on `device`, so that nothing waits
+            for the accelerator.
         """
         train = self.recipe.train
         rows = torch.cat([self._batches(self.step, micro) for micro in range(train.accumulation)])
@@ -129,22 +135,27 @@ class TrainingTask:
                 (loss / len(micro_batches)).backward()
             losses.append(loss.detach())
         mean = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        limit = self.recipe.optimizer.grad_clip
-        if limit is None:
-            return mean, None
-        return mean, whole(torch.nn.utils.clip_grad_norm_(self._parameters, limit))
+        self._loss = mean
+        return mean, None if self._clipping is None else whole(self._clipping())
 
     def advance(self) -> None:
-        """Takes the optimizer step with the gradients in place, then moves the schedule on."""
+        """Takes the optimizer step with the gradients in place, then moves the schedule on.
+
+        A schedule that answers to the loss reads it on the host here, once the step is on its way; others read nothing.
+        """
         self.optimizer.step()
-        self.scheduler.step()
+        if isinstance(self.scheduler, ReactiveSchedule):
+            self.scheduler.step(self.ranks.mean(torch.as_tensor(self._loss, device=self.device)))
+        else:
+            self.scheduler.step()
         self.step += 1
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss on the held-out text, nats per token; inf or NaN of a diverged model is returned as it is.
 
-        Ranks read a part of it each, and return the same.
+        Ranks read a part of it each, and return the same. Of Schedule-Free the averaged weights are read; the run goes on
+        from the bits that it had.
         """
         rows, length = self._held_out.shape
         vocabulary = self.model.config.vocab_size  # type: ignore[union-attr]
@@ -152,11 +163,13 @@ class TrainingTask:
         batches = self._held_out.split(min(batch, -(-rows // self.ranks.world)))
         self.model.eval()
         total = torch.zeros((), device=self.device)
-        for turn in range(self.ranks.rank, -(-len(batches) // self.ranks.world) * self.ranks.world, self.ranks.world):
-            tokens = batches[turn % len(batches)].to(self.device)
-            loss = self.model(input_ids=tokens, labels=tokens).loss.float() * len(tokens)
-            if turn < len(batches):  # past the end a rank computes for company: sharded, no layer runs on one alone
-                total += loss
+        turns = range(self.ranks.rank, -(-len(batches) // self.ranks.world) * self.ranks.world, self.ranks.world)
+        with evaluation_weights(self.optimizer):
+            for turn in turns:
+                tokens = batches[turn % len(batches)].to(self.device)
+                loss = self.model(input_ids=tokens, labels=tokens).loss.float() * len(tokens)
+                if turn < len(batches):  # past the end a rank computes for company: sharded, no layer runs on one alone
+                    total += loss
         self.model.train()
         reshard(self.model)
         return float(self.ranks.total(total)) / rows
@@ -166,10 +179,13 @@ class TrainingTask:
 
         Of LoRA the adapters alone; the folder names the model that they go with. All ranks call it; the first one writes.
         """
+        with evaluation_weights(self.optimizer):
+            weights = whole_weights(trained_state(self.model), self.model, self.ranks) if self.sharded else None
+            if self.ranks.leads:
+                self._write(folder, weights)
+
+    def _write(self, folder: str | Path, weights: dict[str, Any] | None) -> None:
         transformers = hf_package("transformers", "saving a model")
-        weights = whole_weights(trained_state(self.model), self.model, self.ranks) if self.sharded else None
-        if not self.ranks.leads:
-            return
         with bars_on_terminals_only():
             if has_adapters(self.model):
                 # Embeddings are never trained; asked to find that out, peft would ask the hub.
@@ -190,6 +206,7 @@ class TrainingTask:
             "frozen": self._frozen,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "clipping": None if self._clipping is None else self._clipping.state_dict(),
             "step": self.step,
             "corpus_sha256": self.corpus_sha256,
             "random": capture_random_state(),
@@ -221,6 +238,8 @@ class TrainingTask:
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if self._clipping is not None:
+            self._clipping.load_state_dict(state["clipping"])
         self.step = int(state["step"])
         restore_random_state(state["random"])
 

@@ -11,6 +11,7 @@ EXTRAS = {
     "report": ("plotly", "pandas", "pyarrow", "scipy"),
     "ray": ("ray",),
     "lightning": ("lightning",),
+    "rivals": ("pytorch-optimizer", "schedulefree", "prodigyopt", "zclip"),
 }
 """Extra → packages, by the names that pip knows."""
 

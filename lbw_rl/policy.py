@@ -47,7 +47,7 @@ class Fallback(BaseModel):
     @field_validator("controller")
     @classmethod
     def _is_a_rule(cls, name: str) -> str:
-        rules = [c for c in CONTROLLERS if c not in ("ppo", "random")]
+        rules = [c for c in CONTROLLERS if c not in ("ppo", "random", "open-loop")]
         if name not in rules:
             raise ValueError(f"{name!r} is no rule-based controller; accepted: {', '.join(rules)}")
         return name

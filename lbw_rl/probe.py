@@ -364,7 +364,7 @@ def _update_signals(before: Vector, after: Vector) -> dict[str, float]:
 
 def _second_moment(state: Mapping[str, Any] | None, part: Part) -> torch.Tensor | None:
     """Adam's v of this parameter, where the optimizer keeps it element by element."""
-    if not state or "step" not in state or "betas" not in part.group:
-        return None
+    if not state or "step" not in state or "betas" not in part.group or "d" in part.group:
+        return None  # "d": Prodigy's is that of d·g, and no gradient would be a surprise to it
     v = state.get("exp_avg_sq")
     return v if v is not None and v.shape == part.parameter.shape else None

@@ -16,6 +16,7 @@ _CLASSES = {
     "lbw-guard": ("lbw_rl.controllers.lbw_guard", "LBWGuard"),
     "ppo": ("lbw_rl.controllers.ppo", "FrozenPolicy"),
     "random": ("lbw_rl.controllers.random", "RandomActions"),
+    "open-loop": ("lbw_rl.controllers.open_loop", "OpenLoop"),
 }
 
 CONTROLLERS: tuple[str, ...] = tuple(_CLASSES)

@@ -88,7 +88,10 @@ BAD = {
         [*RUN, "--set", "train.steps=0"],
         ["train.steps: 0 is not accepted", "greater than or equal to 1"],
     ),
-    "no choice": ([*RUN, "--set", "optimizer.name=lion"], ["optimizer.name: 'lion'", "'adamw', 'sgd' or 'adafactor'"]),
+    "no choice": (
+        [*RUN, "--set", "optimizer.name=lion"],
+        ["optimizer.name: 'lion'", "'adafactor', 'stable-adamw', 'schedule-free' or 'prodigy'"],
+    ),
     "no assignment": ([*RUN, "--set", "train.steps"], ["'train.steps'", "accepted form is section.field=value"]),
     "authority": ([*RUN, "--set", "authority.lr_scale=[2.0, 3.0]"], ["authority.lr_scale: ", "0 < low <= 1 <= high"]),
     "unknown controller": ([*RUN, "--controller", "nobody"], ["controller: unknown name 'nobody'", CONTROLLERS]),

@@ -14,6 +14,7 @@ from lbw_rl import CONTROLLERS, FEATURES, SIGNALS, Action, Authority, Context, C
 from lbw_rl.controllers.constant import Constant
 from lbw_rl.controllers.entropic import EntroPIC
 from lbw_rl.controllers.lbw_guard import LBWGuard
+from lbw_rl.controllers.open_loop import OpenLoop
 from lbw_rl.controllers.pid import PID
 from lbw_rl.controllers.ppo import FrozenPolicy
 from lbw_rl.controllers.random import RandomActions
@@ -36,6 +37,9 @@ CASES = {
     ),
     "lbw-guard": LBWGuard,
     "random": RandomActions,
+    "open-loop": OpenLoop,
+    "open-loop-path": lambda: OpenLoop(scales=[0.5, 3.0, 1.0, 0.1]),
+    "open-loop-constant": lambda: OpenLoop(scales=[0.5, 3.0], constant=True),
 }
 
 
@@ -242,6 +246,15 @@ def test_an_unknown_name_lists_the_known_ones():
         ("constant", {"lr_scale": math.nan}, "constant.lr_scale"),
         ("constant", {"momentum_scale": 0}, "constant.momentum_scale"),
         ("lbw-guard", {"displacement": 0}, "lbw-guard.displacement"),
+        ("open-loop", {"scales": [1.0, 0.0]}, r"open-loop.scales: \[1.0, 0.0\] must be a list of finite numbers > 0"),
+        ("open-loop", {"scales": [math.nan]}, "open-loop.scales"),
+        ("open-loop", {"scales": "1,2"}, "open-loop.scales"),
+        (
+            "open-loop",
+            {"ledgers": ["/nowhere/l.jsonl"]},
+            "open-loop.ledgers: /nowhere/l.jsonl is not a file; accepted:",
+        ),
+        ("open-loop", {"ledgers": ["a"], "scales": [1.0]}, "open-loop.scales: given beside ledgers"),
     ],
 )
 def test_a_bad_option_is_refused_by_name(name, options, reason):

@@ -126,7 +126,7 @@ def test_no_controller_moves_an_executed_rate_out_of_the_authority(make_mlp, pro
     assert optimizer.param_groups[0]["lr"] == base
 
 
-@pytest.mark.parametrize("name", ["constant", "pid", "entropic", "lbw-guard", "random", "ppo"])
+@pytest.mark.parametrize("name", ["constant", "pid", "entropic", "lbw-guard", "random", "open-loop", "ppo"])
 def test_every_controller_stays_in_a_narrow_authority(name, make_mlp, policy_folder):
     authority = Authority(lr_scale=(0.9, 1.1), momentum_scale=(0.95, 1.05), slew_up=1.05)
     controller = load_controller(policy_folder if name == "ppo" else name)

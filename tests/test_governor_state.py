@@ -67,7 +67,7 @@ def test_only_healthy_states_are_kept(make_mlp):
 # ---- resume
 
 
-CONTROLLERS = ["constant", "pid", "entropic", "lbw-guard", "random", "ppo"]
+CONTROLLERS = ["constant", "pid", "entropic", "lbw-guard", "random", "open-loop", "ppo"]
 
 
 @pytest.mark.parametrize("name", CONTROLLERS)

@@ -21,7 +21,7 @@ def loaded_by(program: str, *arguments: str) -> set[str]:
 
 CONTROLLERS = """
 import sys, lbw_rl
-for name in ("constant", "pid", "entropic", "lbw-guard", "random", sys.argv[1]):
+for name in ("constant", "pid", "entropic", "lbw-guard", "random", "open-loop", sys.argv[1]):
     lbw_rl.load_controller(name).act(lbw_rl.Telemetry())
 """
 

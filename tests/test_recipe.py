@@ -122,7 +122,10 @@ def test_overrides_add_up_and_leave_the_original_alone(mini):
         ("train.seed=true", ["train.seed", "True", "should be a valid integer"]),
         ("train.steps=0", ["train.steps", "greater than or equal to 1"]),
         ("train.lr_multiplier=inf", ["train.lr_multiplier", "finite"]),
-        ("optimizer.name=lion", ["optimizer.name", "'lion'", "'adamw', 'sgd' or 'adafactor'"]),
+        (
+            "optimizer.name=lion",
+            ["optimizer.name", "'lion'", "'adamw', 'sgd', 'adafactor', 'stable-adamw', 'schedule-free' or 'prodigy'"],
+        ),
         ("optimizer.betas=[0.9, 1.5]", ["optimizer.betas.1", "1.5", "less than 1"]),
         ("optimizer.grad_clip=-1", ["optimizer.grad_clip", "-1", "greater than 0", "'none'"]),
         ("model.architecture=gpt", ["model.architecture", "'qwen2' or 'llama'"]),

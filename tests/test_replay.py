@@ -12,7 +12,7 @@ from lbw_rl import Action, Authority, Context, Controller, Directive, Governor, 
 from lbw_rl.envs.recipe import load_recipe, override
 from lbw_rl.replay import replay
 
-RULES = ["constant", "pid", "entropic", "lbw-guard", "random"]
+RULES = ["constant", "pid", "entropic", "lbw-guard", "random", "open-loop"]
 
 
 class Scripted(Controller):

@@ -279,10 +279,10 @@ def _summarise(task: TrainingTask, governor: Governor, record: _Record, failures
     diverged = not (math.isfinite(final) and final < record.initial_loss)
     capped = record.initial_loss if diverged else final
     governance = governor.summary()
-    clip = recipe.optimizer.grad_clip
+    clip, adaptive = recipe.optimizer.grad_clip, recipe.optimizer.adaptive_clip
     return {
         "recipe": recipe.name,
-        "optimizer": recipe.optimizer.name + (f"+clip{clip:g}" if clip else ""),
+        "optimizer": recipe.optimizer.name + (f"+clip{clip:g}" if clip else "") + (f"+{adaptive}" if adaptive else ""),
         "controller": recipe.controller.name,
         "mode": record.mode,
         "lr_multiplier": recipe.train.lr_multiplier,
