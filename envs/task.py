@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from lbw_rl.envs.extras import bars_on_terminals_only, hf_package
 from lbw_rl.envs.model import build_model
 from lbw_rl.envs.optim import build_optimizer, build_scheduler
 from lbw_rl.envs.parallel import (
-    gradients_stay_here,
+    averaged_when,
     parallelise,
     reshard,
     sharded_state,
@@ -111,8 +110,7 @@ class TrainingTask:
         losses = []
         for number, tokens in enumerate(micro_batches, 1):
             tokens = tokens.to(self.device, non_blocking=True)
-            partial = number < len(micro_batches)
-            with gradients_stay_here(self._forward) if partial else contextlib.nullcontext():
+            with averaged_when(number == len(micro_batches), self._forward):
                 loss = self._forward(input_ids=tokens, labels=tokens).loss
                 (loss / len(micro_batches)).backward()
             losses.append(loss.detach())
