@@ -56,13 +56,18 @@ def _sharded(model: torch.nn.Module, device: torch.device, ranks: Ranks) -> torc
     return model
 
 
-def gradients_stay_here(forward: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
-    """For all micro-batches of a step but the last: DDP need not average what is only a part of the gradient.
+def averaged_when(complete: bool, forward: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+    """The passes of one micro-batch: DDP need not average over ranks what is only a part of the gradient.
 
     FSDP2 does all the same, since unsharded gradients of the whole model would have to wait on every rank.
+
+    Args:
+        complete: whether it is the step's last.
+        forward: the model to call for training.
     """
-    replicated = isinstance(forward, torch.nn.parallel.DistributedDataParallel)
-    return forward.no_sync() if replicated else contextlib.nullcontext()  # type: ignore[operator]
+    if complete or not isinstance(forward, torch.nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return forward.no_sync()
 
 
 def reshard(model: torch.nn.Module) -> None:

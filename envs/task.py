@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from lbw_rl.envs.extras import bars_on_terminals_only, hf_package
 from lbw_rl.envs.model import build_model
 from lbw_rl.envs.optim import build_optimizer, build_scheduler
 from lbw_rl.envs.parallel import (
-    gradients_stay_here,
+    averaged_when,
     parallelise,
     reshard,
     sharded_state,
@@ -129,8 +128,7 @@ class TrainingTask:
         losses = []
         for number, tokens in enumerate(micro_batches, 1):
             tokens = tokens.to(self.device, non_blocking=True)
-            partial = number < len(micro_batches)
-            with gradients_stay_here(self._forward) if partial else contextlib.nullcontext():
+            with averaged_when(number == len(micro_batches), self._forward):
                 loss = self._forward(input_ids=tokens, labels=tokens).loss
                 (loss / len(micro_batches)).backward()
             losses.append(loss.detach())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import peft
 import torch
-from torch.distributed.fsdp import fully_shard  # noqa: F401  once, not in every child
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM  # noqa: F401
 
 from lbw_rl import Directive
@@ -73,6 +73,8 @@ def adapt(how):
             losses.append([float(ranks.mean(loss.detach())), float(norm)])
             optimizer.step()
         weights = whole_weights(owner.state_dict(), owner, ranks)
+        if how == "fsdp" and ranks.world > 1:
+            assert sum(isinstance(m, FSDPModule) for m in owner.modules()) == 3  # each layer, and the rest
         if ranks.leads:
             losses.append(sorted(float(w.float().norm()) for name, w in weights.items() if "lora" in name))
     return losses

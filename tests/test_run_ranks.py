@@ -59,7 +59,26 @@ def _ports(count):
 
 
 @pytest.fixture(scope="module")
-def ranks(recipe, tmp_path_factory):
+def alone(recipe, tmp_path_factory):
+    """The same recipes in this process: with and without LBW-Guard."""
+    from rank_worker import Witness
+
+    folder = tmp_path_factory.mktemp("alone")
+    run(recipe(), folder / "plain")
+    run(recipe(*GUARDED), folder / "guarded", controller=Witness())
+    return folder
+
+
+def adapters(alone):
+    """Settings of LoRA on the model that `plain` ended with."""
+    return (f"model.path={alone / 'plain/model'}", "data.tokenizer=model", "model.lora_rank=2")
+
+
+SCHEDULE_FREE = ("optimizer.name=schedule-free", "schedule.name=constant")
+
+
+@pytest.fixture(scope="module")
+def ranks(recipe, alone, tmp_path_factory):
     """The folder in which two ranks have done all the jobs of this module, one after the other."""
     folder = tmp_path_factory.mktemp("ranks")
 
@@ -80,6 +99,11 @@ def ranks(recipe, tmp_path_factory):
             {**jobs[f"killed-{how}"][1], "die": None, "resume": True, "out": str(folder / f"killed-{how}")},
         )
         jobs |= job(f"left-{how}", *guarded, die=[[0, 1], 7])  # for another number of ranks
+        lora = (parallel, *adapters(alone))
+        jobs |= job(f"lora-{how}", *lora, die=[[0, 1], 7])
+        jobs[f"lora-again-{how}"] = ("train", {**jobs[f"lora-{how}"][1], "die": None, "resume": True})
+        jobs |= job(f"schedule-free-{how}", parallel, *SCHEDULE_FREE)
+    jobs |= job("plateau", "schedule.name=plateau", "optimizer.adaptive_clip=zclip", die=[[0, 1], 7])
     jobs |= job("bf16-fsdp", "train.parallel=fsdp", "model.dtype=bfloat16")
     jobs |= job("lost", "train.parallel=ddp", die=[[1], 4])
     jobs |= job("lost-fsdp", "train.parallel=fsdp", die=[[1], 4])
@@ -126,28 +150,17 @@ def metrics(folder):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines(folder / "metrics.jsonl")]
 
 
-def weights(folder):
-    return safetensors_torch.load_file(folder / "model/model.safetensors")
+def weights(folder, file="model"):
+    return safetensors_torch.load_file(folder / f"model/{file}.safetensors")
 
 
-def assert_close(one, other, tolerance):
+def assert_close(one, other, tolerance, file="model"):
     for a, b in zip(metrics(one), metrics(other), strict=True):
         assert (a.pop("eval_loss") or 0.0) == pytest.approx(b.pop("eval_loss") or 0.0, rel=tolerance)
         assert a == pytest.approx(b, rel=tolerance)
-    assert weights(one).keys() == weights(other).keys()
-    for name, weight in weights(one).items():
-        torch.testing.assert_close(weight, weights(other)[name], rtol=20 * tolerance, atol=20 * tolerance)
-
-
-@pytest.fixture(scope="module")
-def alone(recipe, tmp_path_factory):
-    """The same recipes in this process: with and without LBW-Guard."""
-    from rank_worker import Witness
-
-    folder = tmp_path_factory.mktemp("alone")
-    run(recipe(), folder / "plain")
-    run(recipe(*GUARDED), folder / "guarded", controller=Witness())
-    return folder
+    assert weights(one, file).keys() == weights(other, file).keys()
+    for name, weight in weights(one, file).items():
+        torch.testing.assert_close(weight, weights(other, file)[name], rtol=20 * tolerance, atol=20 * tolerance)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
@@ -221,6 +234,30 @@ def test_frozen_weights_and_adapters_share_a_group(ranks, how):
         losses = answer(ranks, f"adapt-{how}", rank)
         for a, b in zip(expected, losses, strict=False):
             assert b == pytest.approx(a, rel=2e-3)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_adapters_are_trained_killed_and_resumed_as_by_one_process(ranks, alone, recipe, tmp_path, how):
+    """The checkpoint holds the adapters alone, and the frozen weights are those of the folder."""
+    run(recipe(*adapters(alone)), tmp_path / "one")
+    assert answer(ranks, f"lora-again-{how}")["summary"]["steps"] == STEPS
+    assert_close(tmp_path / "one", ranks / f"lora-{how}", 1e-4, "adapter_model")
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_averaged_weights_of_ranks_are_evaluated_and_saved(ranks, recipe, tmp_path, how):
+    run(recipe(*SCHEDULE_FREE), tmp_path / "one")
+    assert_close(tmp_path / "one", ranks / f"schedule-free-{how}", 1e-4)
+
+
+def test_a_schedule_that_answers_to_the_loss_hears_that_of_all_ranks(ranks):
+    """What it remembers at step 6 is the exponential mean of the losses reported since its two steps of warmup."""
+    (newest,) = (ranks / "plateau/checkpoints").glob("step-00000006-*")
+    first, *later = [line["loss"] for line in metrics(ranks / "plateau")[2:6]]
+    for loss in later:
+        first += 0.1 * (loss - first)
+    scheduler = torch.load(newest, weights_only=True)["state"]["task"]["scheduler"]
+    assert scheduler["mean"] == pytest.approx(first, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["lost", "lost-fsdp"])
