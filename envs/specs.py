@@ -179,8 +179,13 @@ class TrainSpec(_Spec):
     """Length, batch, seed and bookkeeping of the run."""
 
     steps: int = Field(default=300, ge=1, description="optimizer steps")
-    batch_size: int = Field(default=8, ge=1, description="sequences per micro-batch")
-    accumulation: int = Field(default=1, ge=1, description="micro-batches per optimizer step")
+    batch_size: int = Field(default=8, ge=1, description="sequences per micro-batch; with ranks, at most and on each")
+    accumulation: int = Field(
+        default=1,
+        ge=1,
+        description="micro-batches per optimizer step of one process; ranks share the step's batch_size × accumulation "
+        "sequences evenly",
+    )
     lr_multiplier: float = Field(default=1.0, gt=0.0, description="stress axis: multiplies optimizer.lr")
     seed: int = Field(default=0, ge=0, description="decides initial weights and the order of the data")
     eval_every: int = Field(
@@ -194,6 +199,11 @@ class TrainSpec(_Spec):
     threads: OptionalCount = Field(default=None, description="torch CPU threads; 'none' leaves the process as it is")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where to train; auto: cuda where there is one"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="how several ranks (torchrun) hold the model: ddp, each the whole of it; fsdp, a share of every weight, "
+        "gradient and moment (FSDP2). Nothing to a process alone",
     )
     measure_device: bool = Field(
         default=True,

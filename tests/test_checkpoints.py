@@ -24,7 +24,8 @@ from lbw_rl.training_runs import checkpoints as module
 from lbw_rl.training_runs import folders
 from lbw_rl.training_runs.checkpoints import Checkpoints
 from lbw_rl.training_runs.folders import JsonLines, first_line, replace_folder, write_json
-from lbw_rl.training_runs.run import ALARMS, run
+from lbw_rl.training_runs.health import ALARMS
+from lbw_rl.training_runs.run import run
 
 
 @pytest.fixture

@@ -96,6 +96,11 @@ class Checkpoints:
             log.warning("checkpoint %s passed over: %s; %s", path.name, reason, instead)
         return found
 
+    @property
+    def latest(self) -> Path:
+        """The newest checkpoint that is known to be good; there is one after `save` or `newest` has succeeded."""
+        return self._good[-1]
+
     def clear(self) -> None:
         """Removes them all: the run is finished."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -126,6 +131,24 @@ class Checkpoints:
             raise _unreadable(self.folder, e) from e
         named = ((_NAME.fullmatch(path.name), path) for path in paths)
         return [(int(match[1]), path) for match, path in named if match]
+
+
+def read_checkpoint(path: Path, step: int) -> dict[str, Any]:
+    """The state in a file that another process has just verified; its tensors stay in the file until they are used.
+
+    Args:
+        path: what `Checkpoints.latest` said there.
+        step: optimizer steps done.
+
+    Raises:
+        ValueError: it cannot be read here.
+    """
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except OSError as e:
+        raise _unreadable(path, e) from e
+    assert content["step"] == step
+    return content["state"]
 
 
 class _Refused(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -12,13 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lbw_rl.controller import Controller
+from lbw_rl.envs.ranks import Ranks, joined
 from lbw_rl.envs.recipe import Recipe
 from lbw_rl.envs.task import TrainingTask
 from lbw_rl.governor import Governor, Mode
-from lbw_rl.last_good import HEALTHY_REGIMES
 from lbw_rl.ledger import truncate_jsonl
 from lbw_rl.registry import load_controller
 from lbw_rl.sinks import Sink
@@ -31,6 +30,8 @@ from lbw_rl.training_runs.folders import (
     replace_folder,
     write_json,
 )
+from lbw_rl.training_runs.health import unhealthy
+from lbw_rl.training_runs.run_state import give_back, governor_state, newest_state, run_state
 from lbw_rl.training_runs.same_run import check_same_mode, check_same_recipe, refuse_former_checkpoint
 
 log = logging.getLogger("lbw_rl")
@@ -84,6 +85,10 @@ def run(
     A checkpoint is put off to the next healthy step while the loss or a weight is not finite or the controller sees
     an alarm: what a resume starts from is good. A full disk costs checkpoints, not the run.
 
+    Started by torchrun, or where a process group exists, all its ranks train the recipe together, see `TrainingTask`: the
+    first of them writes the files, and a run resumes on any number of ranks (bit for bit on the same number of one or two;
+    beyond, sums over ranks are taken in whatever order the backend likes). What one rank cannot use, all refuse.
+
     Args:
         recipe: what to train; `recipe.controller` governs.
         out: output folder.
@@ -93,7 +98,7 @@ def run(
         controller: an object to govern instead of the recipe's, for experiments.
         kill_signal: on this signal the governor lets go for good; the run goes on.
         sinks: as in `Governor`; open until the summary is written.
-        progress: told about every step.
+        progress: told about every step, on every rank that has one.
 
     Returns:
         The content of `summary.json`: the fields of a results row, and the governor's summary.
@@ -102,10 +107,20 @@ def run(
         ValueError: an output folder in use, a recipe or mode that differs from the folder's, a checkpoint of version
             0.1.0, or unusable settings.
         OSError: the disk takes neither the final model nor the summary; a resume goes on from the last checkpoint.
+        PeerLostError: another rank is gone; a resume goes on from the last checkpoint.
     """
     check_mode(mode)
     governing = controller or load_controller(recipe.controller.name, **recipe.controller.options)
-    folder = prepare_output(out, resume)
+    with joined(recipe.train.device) as ranks:
+        finished = ranks.first(lambda: _enter(Path(out), resume, recipe, mode))
+        if finished is not None:
+            return finished
+        return _run(recipe, Path(out), ranks, governing, mode, kill_signal, sinks, progress)
+
+
+def _enter(folder: Path, resume: bool, recipe: Recipe, mode: Mode) -> dict[str, Any] | None:
+    """Makes the folder of a run or accepts it; the summary, where the run is finished already."""
+    prepare_output(folder, resume)
     check_same_recipe(folder / RECIPE, recipe)
     if (folder / SUMMARY).exists():
         try:
@@ -118,10 +133,23 @@ def run(
         check_same_mode(folder, finished_in, mode)
         return summary
     refuse_former_checkpoint(folder)
-    task = TrainingTask(recipe)
+    return None
+
+
+def _run(
+    recipe: Recipe,
+    folder: Path,
+    ranks: Ranks,
+    governing: Controller,
+    mode: Mode,
+    kill_signal: int | None,
+    sinks: Sequence[Sink],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    task = TrainingTask(recipe, ranks)
     record = _Record(mode)
     checkpoints = Checkpoints(folder / CHECKPOINTS)
-    found = checkpoints.newest()
+    found = newest_state(checkpoints, ranks)
     if found is None:
         record.initial_loss = task.evaluate()
         if not math.isfinite(record.initial_loss):
@@ -129,57 +157,71 @@ def run(
                 f"model: the held-out loss before training is {record.initial_loss}; accepted: weights and a "
                 "model.dtype that give a finite one"
             )
-        for name in (METRICS, LEDGER):
-            (folder / name).unlink(missing_ok=True)  # of an attempt that died before its first checkpoint
-        write_json(folder / RECIPE, recipe.model_dump(mode="json"))
+        ranks.first(lambda: _begin_files(folder, recipe))
     else:
-        check_same_mode(folder, found[1]["record"], mode)
-        task.load_state_dict(found[1]["task"])
-        record = _Record(**found[1]["record"])
-        kept = {
-            METRICS: truncate_jsonl(folder / METRICS, task.step).total(),
-            LEDGER: truncate_jsonl(folder / LEDGER, task.step, found[1]["ledger_header"])["decision"],
-        }
+        check_same_mode(folder, found["record"], mode)
+        give_back(found, task)
+        record = _Record(**found["record"])
+        header, step = found["ledger_header"], task.step
+        kept = ranks.first(lambda: _cut_files(folder, step, header))
     governor = Governor(
         task.optimizer,
         governing,
         authority=recipe.authority,
         total_steps=task.total_steps,
         mode=mode,
-        ledger=folder / LEDGER,
+        ledger=folder / LEDGER if ranks.leads else None,
         seed=recipe.train.seed,
         measure_device=recipe.train.measure_device,
+        device_index=task.device.index,
         stateful={"scheduler": task.scheduler},
-        control=folder / CONTROL,
+        control=folder / CONTROL if ranks.leads else None,
         kill_signal=kill_signal,
         sinks=sinks,
     )
     if found is not None:
-        governor.load_state_dict(found[1]["governor"])
-        _tell_of_lost_lines(kept, {METRICS: task.step, LEDGER: governor.summary()["decisions"]}, task.step)
+        governor.load_state_dict(governor_state(found, task))
+        if ranks.leads:
+            _tell_of_lost_lines(kept, {METRICS: task.step, LEDGER: governor.summary()["decisions"]}, task.step)
         del found  # as large as the model and its optimizer
     with governor:
-        with JsonLines(folder / METRICS) as metrics:
+        with JsonLines(folder / METRICS) if ranks.leads else contextlib.nullcontext() as metrics:
             _train(task, governor, record, metrics, checkpoints, progress)
-            metrics.sync()
+            if metrics is not None:
+                metrics.sync()
             governor.flush()
         if recipe.train.checkpoint_every:
             _save_model(task, folder)
         summary = _summarise(task, governor, record, checkpoints.failures)
-        write_json(folder / SUMMARY, summary)  # last: a folder with a summary is a finished run
-    checkpoints.clear()
-    return summary
+        ranks.first(lambda: write_json(folder / SUMMARY, summary))  # last: a folder with a summary is a finished run
+    if ranks.leads:
+        checkpoints.clear()
+    return ranks.first(lambda: summary)
+
+
+def _begin_files(folder: Path, recipe: Recipe) -> None:
+    for name in (METRICS, LEDGER):
+        (folder / name).unlink(missing_ok=True)  # of an attempt that died before its first checkpoint
+    write_json(folder / RECIPE, recipe.model_dump(mode="json"))
+
+
+def _cut_files(folder: Path, step: int, header: str | None) -> dict[str, int]:
+    """Takes off what the resumed run will write again; how many lines are left of each."""
+    return {
+        METRICS: truncate_jsonl(folder / METRICS, step).total(),
+        LEDGER: truncate_jsonl(folder / LEDGER, step, header)["decision"],
+    }
 
 
 def _train(
     task: TrainingTask,
     governor: Governor,
     record: _Record,
-    metrics: JsonLines,
+    metrics: JsonLines | None,
     checkpoints: Checkpoints,
     progress: Progress | None,
 ) -> None:
-    train = task.recipe.train
+    train, ranks = task.recipe.train, task.ranks
     before = record.seconds
     start = time.perf_counter()
     paused = 0.0  # evaluation and bookkeeping do not count as training time
@@ -187,11 +229,11 @@ def _train(
     while task.step < task.total_steps:
         step = task.step
         loss, grad_norm = task.backward()
-        governor.observe(loss, grad_norm=grad_norm, tokens=task.tokens_per_step)
+        governor.observe(loss, grad_norm=grad_norm, tokens=task.tokens_per_step // ranks.world)
         base_lr = float(task.optimizer.param_groups[0]["lr"])
         task.advance()
+        record.train_loss = float(ranks.mean(loss))
         stopped = time.perf_counter()
-        record.train_loss = float(loss)
         record.tail = [*record.tail[-19:], record.train_loss]
         due = bool(train.eval_every) and task.step % train.eval_every == 0
         record.seconds = before + stopped - start - paused
@@ -202,16 +244,14 @@ def _train(
             "lr": base_lr * governor.executed.lr_scale,
             "seconds": round(record.seconds, 6),
         }
-        metrics.write(line)
+        if metrics is not None:
+            metrics.write(line)
         scheduled = bool(train.checkpoint_every) and task.step % train.checkpoint_every == 0
         if (scheduled or put_off) and task.step < task.total_steps:
-            reason = _unhealthy(task, governor, record.train_loss)
+            reason = unhealthy(task, governor, record.train_loss)
             if reason is None:
-                # On disk before the checkpoint is: a power loss must not leave one that is ahead of them.
-                metrics.sync()
-                governor.flush()
-                checkpoints.save(task.step, _state(task, governor, record, metrics.path.with_name(LEDGER)))
-            elif not put_off:
+                _checkpoint(task, governor, record, metrics, checkpoints)
+            elif ranks.leads and not put_off:
                 log.warning("the checkpoint of step %d is put off to the next healthy step: %s", task.step, reason)
             put_off = reason is not None
         if progress is not None:
@@ -219,25 +259,17 @@ def _train(
         paused += time.perf_counter() - stopped
 
 
-# What the shipped controllers call a run in trouble. Names that only their controller understands do not count, or
-# a run under it would never be checkpointed; "fault" and "suspended" speak of the governance, not of the run.
-ALARMS = (
-    frozenset(
-        {"non-finite", "gradient-burst", "bad-batch", "diverged", "loss-spike", "overshoot", "safe-mode", "out-of-band"}
-    )
-    - HEALTHY_REGIMES
-)
-
-
-def _unhealthy(task: TrainingTask, governor: Governor, loss: float) -> str | None:
-    """Why the present state must not be what a resume starts from, or None."""
-    if not math.isfinite(loss):
-        return f"the training loss is {loss}"
-    sums = [p.detach().sum(dtype=torch.float32) for p in task.model.parameters()]
-    if not torch.stack(sums).isfinite().all():
-        return "a weight is not finite"
-    regime = governor.last_ruling.action.regime
-    return f"the controller sees {regime!r}" if governor.mode != "off" and regime in ALARMS else None
+def _checkpoint(
+    task: TrainingTask, governor: Governor, record: _Record, metrics: JsonLines | None, checkpoints: Checkpoints
+) -> None:
+    # On disk before the checkpoint is: a power loss must not leave one that is ahead of them.
+    if metrics is not None:
+        metrics.sync()
+    governor.flush()
+    header = first_line(metrics.path.with_name(LEDGER)) if metrics is not None else None
+    state = run_state(task, governor, vars(record), header)
+    # The others wait: their next collective would time out on a slow disk.
+    task.ranks.first(lambda: checkpoints.save(task.step, state))
 
 
 def _summarise(task: TrainingTask, governor: Governor, record: _Record, failures: int) -> dict[str, Any]:
@@ -275,15 +307,6 @@ def _summarise(task: TrainingTask, governor: Governor, record: _Record, failures
     }
 
 
-def _state(task: TrainingTask, governor: Governor, record: _Record, ledger: Path) -> dict[str, Any]:
-    return {
-        "task": task.state_dict(),
-        "governor": governor.state_dict(),
-        "record": vars(record),
-        "ledger_header": first_line(ledger),  # the one line that no later step could write again
-    }
-
-
 def _tell_of_lost_lines(kept: dict[str, int], written: dict[str, int], step: int) -> None:
     for name, count in written.items():
         if kept[name] < count:
@@ -293,9 +316,10 @@ def _tell_of_lost_lines(kept: dict[str, int], written: dict[str, int], step: int
 
 def _save_model(task: TrainingTask, folder: Path) -> None:
     temporary = folder / (MODEL + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was killed while it wrote
-    task.save_pretrained(temporary)
-    replace_folder(temporary, folder / MODEL)
+    if task.ranks.leads:
+        shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was killed while it wrote
+    task.ranks.together(lambda: task.save_pretrained(temporary))
+    task.ranks.first(lambda: replace_folder(temporary, folder / MODEL))
 
 
 def _finite(value: float) -> float | None:

@@ -7,6 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import typer
 
+from lbw_rl import launch
 from lbw_rl.cli.app import app
 from lbw_rl.cli.console import fail
 from lbw_rl.extras import extra_of
@@ -15,11 +16,17 @@ from lbw_rl.extras import extra_of
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _INTERRUPTED = 130
 
+# What would be done as often as there are processes, all in one folder.
+_OF_ONE_PROCESS = ("compare", "demo", "report", "train-policy")
+
 
 def main() -> None:
     """Entry point: exit 0 on success, 2 with one line on bad input, 130 when interrupted."""
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        arguments = sys.argv[1:] or ["--help"]
+        if launch.world_size() > 1 and arguments[0] in _OF_ONE_PROCESS:
+            raise ValueError(f"{arguments[0]}: is of one process; accepted from {launch.world_size()}: run")
+        code = app(arguments, standalone_mode=False)
         if code == _INTERRUPTED:  # typer turns a KeyboardInterrupt into its exit code, without a word
             raise KeyboardInterrupt
     except (typer.Abort, KeyboardInterrupt):
@@ -39,6 +46,10 @@ def main() -> None:
         if not _ours(e):
             raise
         code = fail(str(e))
+    except RuntimeError as e:
+        if type(e).__name__ != "PeerLostError":  # its module would import torch
+            raise
+        code = fail(f"{e}; the same command with --resume goes on from the last checkpoint", code=1)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -129,10 +130,13 @@ def run(
     """Train a recipe under a controller.
 
     While it runs, `echo skip > OUT/control` changes the mode, and `kill -USR1 PID` makes the governor let go for good.
+
+    Several processes: `torchrun --nproc-per-node 8 -m lbw_rl run RECIPE --set train.parallel=fsdp`.
     """
     import json
     import signal
 
+    from lbw_rl import launch
     from lbw_rl.envs.recipe import ControllerSpec, load_recipe, override
 
     chosen = load_recipe(recipe)
@@ -161,16 +165,17 @@ def run(
             raise ValueError(f"metrics-port: {metrics_port} is no TCP port; accepted: 1 to 65535")
         from lbw_rl.sinks.prometheus import PrometheusExporter
 
-        sinks.append(PrometheusExporter(metrics_port, metrics_address or "127.0.0.1"))
+        sinks.append(PrometheusExporter(metrics_port, metrics_address or "127.0.0.1"))  # opened on the first rank alone
     elif metrics_address is not None:
         raise ValueError(f"metrics-address: {metrics_address} opens no port; accepted: together with --metrics-port")
     if tensorboard:
         from lbw_rl.sinks.tensorboard import TensorBoardSink
 
         sinks.append(TensorBoardSink(folder / "tensorboard"))
-    if not (folder / SUMMARY).exists() and (needs := notice(chosen)):
+    leads = launch.rank() == 0
+    if leads and not (folder / SUMMARY).exists() and (needs := notice(chosen)):
         err.print(needs)
-    with meter(f"{chosen.name} · {chosen.controller.name}") as m:
+    with meter(f"{chosen.name} · {chosen.controller.name}") if leads else nullcontext() as m:
         summary = run_recipe(
             chosen,
             folder,
@@ -178,8 +183,10 @@ def run(
             mode=mode,  # type: ignore[arg-type]  # the governor checks it
             kill_signal=getattr(signal, "SIGUSR1", None),  # Windows has none
             sinks=sinks,
-            progress=lambda done, total, loss: m.update(done, total, f"loss {loss:.3f}"),
+            progress=(lambda done, total, loss: m.update(done, total, f"loss {loss:.3f}")) if m is not None else None,
         )
+    if not leads:
+        return
     if as_json:
         emit_json(summary)
         return

@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lbw_rl import launch
+
 _TERMINAL = sys.stdout.isatty()
 
 # Paths and labels are printed as they are: brackets in them are no markup. A pipe has no width to cut tables at.
@@ -24,8 +26,12 @@ err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap
 
 
 def fail(message: str, code: int = 2) -> int:
-    """Prints one line on what is wrong and returns the exit code."""
-    print("lbw-rl: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    """Prints one line on what is wrong and returns the exit code. Ranks that fail alike print it once."""
+    message = " ".join(message.split())
+    line = launch.wording(message)
+    if line is not None:
+        print(f"lbw-rl: {line}", file=sys.stderr, flush=True)
+    launch.said(message)
     return code
 
 

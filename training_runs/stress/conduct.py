@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from lbw_rl.ledger import read_ledger
-from lbw_rl.training_runs.run import ALARMS
+from lbw_rl.training_runs.health import ALARMS
 
 
 def interventions(ledger: Path) -> tuple[int, int]:
     """Decisions beyond a law's normal modulation, and decisions in all.
 
     Beyond it is a decision that is not to proceed (a skip, a rollback), and one in a regime that is an alarm
-    (`lbw_rl.training_runs.run.ALARMS`). On a healthy run each of them is a false one.
+    (`lbw_rl.training_runs.health.ALARMS`). On a healthy run each of them is a false one.
 
     Raises:
         ValueError: no ledger, or a damaged one.
