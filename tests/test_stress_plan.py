@@ -117,10 +117,10 @@ def test_a_family_is_its_recipe_with_its_own_overrides_and_the_commands_last(pla
 def test_the_tuned_setting_is_multiplier_one_of_every_arm(plan):
     family = plan.families[0]
     cells = list(plan.grid(family, Setting(0.02, "wsd")))
-    assert len(cells) == 4 * 4
+    assert len(cells) == 3 * 4
     assert {c.recipe.optimizer.lr for c in cells} == {0.02}
     at_base = by_arm(cells)
-    assert at_base["StableAdamW"].recipe.schedule.name == "wsd"
+    assert at_base[TUNED].recipe.schedule.name == "wsd"
     assert at_base["Schedule-Free"].recipe.schedule.name == "constant"
     assert at_base[GUARD].recipe.controller.name == "lbw-guard"
     assert {c.mode for c in cells if c.arm.label != GUARD} == {"off"}
@@ -146,7 +146,7 @@ def test_a_folder_follows_from_every_setting(plan, tiny):
         *longer.grid(longer.families[0], setting),
     ]
     recipes = {json.dumps(c.recipe.model_dump(mode="json"), sort_keys=True) for c in cells}
-    assert len({c.folder for c in cells}) == len(recipes) > 80
+    assert len({c.folder for c in cells}) == len(recipes) > 60
 
 
 def test_seeds_are_counted_from_the_recipes_own(tiny):
