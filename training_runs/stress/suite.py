@@ -56,6 +56,7 @@ class Search:
         schedules: values of `schedule.name`.
         rates: powers of two around the recipe's rate that every schedule starts with, in order.
         reach: largest power that an extension goes to.
+        finer: schedules, the best ones, that are also tried at the rates half a power of two beside their best.
         finalists: settings that run on all seeds; the search itself is on the first.
         seeds: for the finalists.
     """
@@ -63,6 +64,7 @@ class Search:
     schedules: tuple[str, ...] = ("constant", "linear", "cosine", "wsd")
     rates: tuple[int, ...] = (-2, -1, 0, 1, 2)
     reach: int = 7
+    finer: int = 2
     finalists: int = 3
     seeds: int = 1
 

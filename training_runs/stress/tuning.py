@@ -15,10 +15,10 @@ from lbw_rl.training_runs.summary import capped
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the search: a schedule, and a power of two around the recipe's rate."""
+    """One setting of the search: a schedule, and a power of two, whole or half, around the recipe's rate."""
 
     schedule: str
-    power: int
+    power: float
 
 
 Losses = Mapping[tuple[Point, int], float]
@@ -29,14 +29,16 @@ def wanted(search: Search, losses: Losses) -> list[tuple[Point, int]]:
     """The runs that the search needs next, as (point, seed index); empty when it is over.
 
     First every schedule at `search.rates`; then, for each schedule whose best rate is the lowest or highest
-    tried, the next rate beyond, as far as `search.reach`; then the best `search.finalists` settings on the
-    other seeds. What it asks for depends on `losses` alone, so a search that was cut short goes on as it would have.
+    tried, the next rate beyond, as far as `search.reach`; then the rates half a power beside the best one of each of the best
+    `search.finer` schedules; then the best `search.finalists` settings on the other seeds. What it asks for depends on `losses` alone, so a search that was cut short goes on as it would have.
     """
     start = [(Point(s, power), 0) for s in search.schedules for power in search.rates]
     if missing := [run for run in start if run not in losses]:
         return missing
     if beyond := [(p, 0) for s in search.schedules if (p := _beyond(search, s, losses)) is not None]:
         return beyond
+    if between := [(p, 0) for p in _between(search, losses) if (p, 0) not in losses]:
+        return between
     best = sorted(_tried(losses), key=lambda point: _rank(losses[point, 0], point))[: search.finalists]
     return [(point, i) for i in range(1, search.seeds) for point in best if (point, i) not in losses]
 
@@ -54,19 +56,30 @@ def chosen(search: Search, losses: Losses) -> Point:
 def on_edge(search: Search, losses: Losses, point: Point) -> bool:
     """Whether the search ended at its reach: a better rate may lie beyond."""
     powers = [p.power for p in _tried(losses) if p.schedule == point.schedule]
-    return point.power in (min(powers), max(powers)) and abs(point.power) >= search.reach
+    return abs(point.power) >= search.reach and point.power in (min(powers), max(powers))
 
 
 def _tried(losses: Losses) -> list[Point]:
     return [point for point, seed in losses if seed == 0]
 
 
-def _rank(loss: float, point: Point) -> tuple[float, int]:
+def _between(search: Search, losses: Losses) -> list[Point]:
+    """Beside the best whole power of each of the best schedules: a factor of two is wider than AdamW's optimum."""
+    whole = sorted(
+        (p for p in _tried(losses) if p.power == round(p.power)), key=lambda point: _rank(losses[point, 0], point)
+    )
+    best = {point.schedule: point for point in reversed(whole)}
+    leading = sorted(best.values(), key=whole.index)[: search.finer]
+    points = [Point(point.schedule, point.power + half) for point in leading for half in (-0.5, 0.5)]
+    return [point for point in points if abs(point.power) <= search.reach]
+
+
+def _rank(loss: float, point: Point) -> tuple[float, float]:
     return loss, abs(point.power)
 
 
 def _beyond(search: Search, schedule: str, losses: Losses) -> Point | None:
-    powers = sorted(p.power for p in _tried(losses) if p.schedule == schedule)
+    powers = sorted(p.power for p in _tried(losses) if p.schedule == schedule and p.power == round(p.power))
     best = min(powers, key=lambda power: _rank(losses[Point(schedule, power), 0], Point(schedule, power)))
     step = {powers[0]: -1, powers[-1]: 1}.get(best, 0)
     return Point(schedule, best + step) if step and abs(best + step) <= search.reach else None
