@@ -147,8 +147,8 @@ def tuning_table(findings: Record) -> str:
         return "<p>AdamW was not searched for: its best multiplier stands for it.</p>"
     head = ["Family", "Rate", "Schedule", "Loss<small>nats</small>", "Runs spent", "Best rate lies"]
     note = (
-        '<p class="note">AdamW is tuned over schedule × rate (factors of 2, at the end of √2), further where the best lies on an edge. The other '
-        f"arms get the {len(findings['multipliers'])} multipliers around that rate, on its schedule unless they have their own, and "
+        '<p class="note">AdamW is tuned over schedule × rate (factors of 2, beside the best ones √2), further where the best lies on an '
+        f"edge. The other arms get the {len(findings['multipliers'])} multipliers around that rate, on its schedule unless they have their own, and "
         "“at its best” is their best of these. Every run of the search is in <code>tuning.json</code>.</p>"
     )
     return table("AdamW's own search", head, rows) + note
