@@ -11,6 +11,7 @@ import torch
 
 from lbw_rl.action import Action, Directive
 from lbw_rl.hand_over import prepare
+from lbw_rl.momentum import momentum_of
 
 
 def scaled_decay(decay: float, scale: float) -> float:
@@ -110,14 +111,17 @@ class Actuator:
                 group["lr"] = lr * scale
 
     def _scale_momentum(self, group: dict[str, Any], scale: float) -> None:
-        if "betas" in group:
-            self._saved.append((group, "betas", group["betas"]))
-            first, *rest = group["betas"]
-            group["betas"] = (scaled_decay(float(first), scale), *rest)
-        elif group.get("momentum"):
-            self._saved.append((group, "momentum", group["momentum"]))
+        found = momentum_of(group)
+        if found is None:
+            return
+        key, decay = found
+        if key == "betas":
+            self._saved.append((group, key, group[key]))
+            group[key] = (scaled_decay(decay, scale), *group[key][1:])
+        elif decay > 0:
+            self._saved.append((group, key, group[key]))
             # At exactly 0 RMSprop makes no buffer, which it misses at the next step, and SGD lets its own go stale.
-            group["momentum"] = max(scaled_decay(float(group["momentum"]), scale), sys.float_info.min)
+            group[key] = max(scaled_decay(decay, scale), sys.float_info.min)
 
     def _step_as_sgd(self, rate: float) -> None:
         for step in prepare(self.optimizer, rate):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lbw_rl.momentum import momentum_of
+
 
 @dataclass(frozen=True, slots=True)
 class Trainable:
@@ -27,12 +29,11 @@ def trainable(optimizer: torch.optim.Optimizer) -> Trainable:
     """Reads the shapes, never the values, of what `optimizer` trains."""
     present = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()]
     matrices = [p for p in present if p.ndim >= 2]
-    group = optimizer.param_groups[0] if optimizer.param_groups else {}
-    momentum = group["betas"][0] if "betas" in group else group.get("momentum")
+    found = momentum_of(optimizer.param_groups[0]) if optimizer.param_groups else None
     return Trainable(
         weights=sum(p.numel() for p in matrices or present),
         low_rank=_are_factors([tuple(p.shape) for p in matrices]),
-        momentum=float(momentum) if momentum is not None and 0 <= float(momentum) < 1 else None,
+        momentum=None if found is None else found[1],
     )
 
 

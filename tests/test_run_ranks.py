@@ -333,6 +333,7 @@ def test_ranks_that_fail_alike_say_it_once_and_others_say_who_they_are(launched,
     assert lbw("run", "somebody").refusal().startswith("rank 1: recipe: unknown name 'somebody'; known: ")
     launched(0)
     assert lbw("compare", "mini-qwen2").refusal() == "compare: is of one process; accepted from 2: run"
+    assert lbw("stress", "--dry-run").refusal() == "stress: is of one process; accepted from 2: run"
     monkeypatch.setenv("WORLD_SIZE", "two")
     accepted = "accepted: what torchrun sets, or the variable unset"
     assert lbw("run", "mini-qwen2").refusal() == f"WORLD_SIZE: 'two' is no number; {accepted}"

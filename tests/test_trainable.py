@@ -5,6 +5,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from lbw_rl.action import Action
+from lbw_rl.actuator import Actuator
 from lbw_rl.trainable import trainable
 
 SIZES = {
@@ -15,6 +17,15 @@ SIZES = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
+
+
+def odd(parameters, **options):
+    """An optimizer of another package's, with its own idea of what these options may be."""
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for group in optimizer.param_groups:
+        del group["momentum"]
+        group.update(options)
+    return optimizer
 
 
 def models():
@@ -71,8 +82,47 @@ def test_without_a_matrix_everything_counts():
         (lambda p: torch.optim.SGD(p, lr=0.1), 0.0),
         (lambda p: torch.optim.Adafactor(p), None),
         (lambda p: torch.optim.LBFGS(p), None),
+        (lambda p: odd(p, betas=None), None),
+        (lambda p: odd(p, betas=(None, 0.999)), None),
+        (lambda p: odd(p, betas=None, momentum=0.6), 0.6),
+        (lambda p: odd(p, momentum="nesterov"), None),
     ],
 )
 def test_momentum_is_what_the_optimizer_was_set_to(build, momentum):
     told = trainable(build(list(models()["mlp"].parameters())))
     assert told.momentum == momentum
+
+
+@pytest.mark.parametrize("options", [{"betas": None}, {"betas": (None, 0.999)}, {"momentum": None}, {}])
+def test_momentum_that_is_none_is_left_alone_when_another_one_is_asked_for(options):
+    optimizer = odd(models()["mlp"].parameters(), **options)
+    actuator = Actuator(optimizer)
+    actuator.apply(Action(lr_scale=0.5, momentum_scale=0.5))
+    group = optimizer.param_groups[0]
+    assert group["lr"] == 0.05
+    assert {key: group[key] for key in options} == options
+    actuator.restore()
+    assert group["lr"] == 0.1
+
+
+@pytest.mark.parametrize("kind", ["AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"])
+def test_schedule_free_keeps_its_average_whatever_momentum_a_governor_asks_for(kind):
+    """Its β is no momentum: what `eval` puts in place is the average x of z only if every step had the same one."""
+    package = pytest.importorskip("schedulefree", reason="needs the extra lbw-rl[rivals]")
+    evaluated = []
+    for scale in (1.0, 0.5):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4)
+        optimizer = getattr(package, kind)(model.parameters(), lr=0.01)
+        optimizer.train()
+        assert trainable(optimizer).momentum is None
+        actuator = Actuator(optimizer)
+        for _ in range(10):
+            model(torch.ones(2, 4)).square().mean().backward()
+            actuator.apply(Action(momentum_scale=scale))
+            optimizer.step()
+            actuator.restore()
+            optimizer.zero_grad()
+        optimizer.eval()
+        evaluated.append(model.weight.detach().clone())
+    assert torch.equal(*evaluated)

@@ -17,7 +17,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _INTERRUPTED = 130
 
 # What would be done as often as there are processes, all in one folder.
-_OF_ONE_PROCESS = ("compare", "demo", "report", "train-policy")
+_OF_ONE_PROCESS = ("compare", "demo", "report", "stress", "train-policy")
 
 
 def main() -> None:
