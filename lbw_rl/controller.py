@@ -24,7 +24,7 @@ class Context:
         groups: names of the optimizer's parameter groups, in the order of `Action.group_lr_scales`.
         weights: elements of all trainable matrices, `None` if unknown.
         low_rank: whether they are the factors of low-rank adapters.
-        momentum: β1 or momentum that the optimizer was set to, `None` if it has none or none that is known.
+        momentum: β1 or momentum that the optimizer was set to, 0 if it has none, `None` if that is not known.
     """
 
     total_steps: int | None = None

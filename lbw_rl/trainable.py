@@ -17,7 +17,8 @@ class Trainable:
         weights: elements of all trainable matrices (of all parameters where there is no matrix).
         low_rank: whether the matrices are the factors of low-rank adapters (LoRA, Hu et al. 2106.09685), whose own size
             says nothing about that of the weights which they correct.
-        momentum: β1 or momentum of the first parameter group; None where it has none that is usable.
+        momentum: β1 or momentum of the first parameter group; 0 where the group has neither, None where what it has is not to
+            be read as one (`momentum_of`).
     """
 
     weights: int
@@ -29,11 +30,13 @@ def trainable(optimizer: torch.optim.Optimizer) -> Trainable:
     """Reads the shapes, never the values, of what `optimizer` trains."""
     present = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()]
     matrices = [p for p in present if p.ndim >= 2]
-    found = momentum_of(optimizer.param_groups[0]) if optimizer.param_groups else None
+    group = optimizer.param_groups[0] if optimizer.param_groups else {}
+    found = momentum_of(group)
+    without = all(group.get(key) is None for key in ("betas", "momentum"))
     return Trainable(
         weights=sum(p.numel() for p in matrices or present),
         low_rank=_are_factors([tuple(p.shape) for p in matrices]),
-        momentum=None if found is None else found[1],
+        momentum=found[1] if found is not None else 0.0 if without else None,
     )
 
 

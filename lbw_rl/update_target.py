@@ -17,6 +17,9 @@ weights walk, relative to their size, if the updates' directions are random. Cho
 STEEPNESS = 11.0
 """Nats of first-order loss change per unit of relative update, ‖g‖·‖w₀‖, up to which a run takes the whole displacement;
 `mini-qwen2`'s own, so that there it just does not bind."""
+_UNKNOWN_AVERAGING = (
+    5.0  # steps: what the displacement was chosen with; Schedule-Free goes astray with 1, not with 5 or 10
+)
 _RAMP = 10  # steps: the length of Adam's memory; the same start whatever the base rate and its warmup
 _FORGET = 0.5 ** (1 / 100)  # per decision, of the largest gradient norm: half-life 100 decisions
 _USUAL_RMS = 0.02  # of fresh weights: the initial deviation of Qwen2, Llama and GPT-2
@@ -27,7 +30,7 @@ class UpdateTarget:
 
     r* = displacement / sqrt(T · H) · min(1, steepness / S) · ramp · shape, with
 
-    - H = 1/(1 − β), β the momentum as executed: what is held is the displacement, not the single step;
+    - H = 1/(1 − β), β the momentum as executed: what is held is the displacement, not the single step; 5 where it is unknown;
     - S = ‖g‖ · ‖w₀‖ (nats), g the gradient and w₀ the weights at the start: the loss change, to first order, of an update as
       large as the weights. A wider, deeper or pretrained model is steeper and takes smaller steps. Factors of low-rank
       adapters have no size of their own that would mean anything: there it is steepness / S alone, with the weights as they
@@ -86,7 +89,7 @@ class UpdateTarget:
 
     def _horizon(self, t: Telemetry) -> float:
         if self._momentum is None:
-            return 1.0
+            return _UNKNOWN_AVERAGING
         scale = t.momentum_scale if t.momentum_scale > 0 else 1.0
         return max(1.0, scale / (1.0 - self._momentum))
 

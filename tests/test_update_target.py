@@ -36,11 +36,17 @@ def test_displacement_over_the_root_of_horizon_and_momentum():
 def test_it_counts_the_momentum_that_was_executed():
     shortened = seen(target()).ratio(telemetry(momentum_scale=0.5))
     assert shortened == pytest.approx(2 / math.sqrt(400 * 5) * math.sqrt(0.75))
-    # Cut to less than one step there is no average left, and none without momentum or where nothing is known of it.
-    for subject, scale in ((target(), 0.01), (target(momentum=0.0), 1.0), (target(momentum=None), 0.5)):
+    # Cut to less than one step there is no average left, and none without momentum.
+    for subject, scale in ((target(), 0.01), (target(momentum=0.0), 1.0)):
         assert seen(subject).ratio(telemetry(momentum_scale=scale)) == pytest.approx(
             2 / math.sqrt(400) * math.sqrt(0.75)
         )
+
+
+def test_a_momentum_that_is_not_known_counts_as_the_one_that_the_constants_were_chosen_with():
+    for scale in (0.5, 1.0):
+        unknown = seen(target(momentum=None)).ratio(telemetry(momentum_scale=scale))
+        assert unknown == pytest.approx(2 / math.sqrt(400 * 5) * math.sqrt(0.75))
 
 
 @pytest.mark.parametrize(("weights", "weight_rms", "grad_norm"), [(1_000_000, 0.02, 1.0), (10_000, 0.1, 2.0)])
