@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -241,7 +242,13 @@ def grid(tiny, tmp_path):
         command += ["--controllers", "constant,pid", "--lr-multipliers", "1", "--seeds", "3", "--workers", "2"]
         command += ["--out", str(tmp_path / "out"), *arguments]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # A shell starts its background jobs deaf to Ctrl-C, and they hand that on.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
         return process
