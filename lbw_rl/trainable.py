@@ -47,4 +47,5 @@ def _are_factors(shapes: list[tuple[int, ...]]) -> bool:
     """
     ranks = {min(shape) for shape in shapes}
     tall = {shape[0] > shape[-1] for shape in shapes}
-    return len(ranks) == 1 and tall == {True, False} and all(max(shape) >= 2 * min(shape) for shape in shapes)
+    thin = {max(shape) >= 2 * min(shape) for shape in shapes}
+    return len(ranks) == 1 and tall == {True, False} and thin == {True}

@@ -47,7 +47,7 @@ def test_tensorboard_gets_the_scales_and_the_signals(tmp_path, monkeypatch):
         return [(i + 1, pytest.approx(v, rel=1e-6)) for i, v in enumerate(values) if v is not None]
 
     assert read["train/governor/lr_scale"] == steps_of([d["executed"]["lr_scale"] for d in made])
-    assert read["train/governor/momentum_scale"] == steps_of([1.0] * STEPS)
+    assert read["train/governor/momentum_scale"] == steps_of([d["executed"]["momentum_scale"] for d in made])
     for name in ("loss", "grad_norm", "grad_entropy", "update_ratio", "surprise", "nonfinite", "host_memory"):
         assert read[f"train/governor/{name}"] == steps_of(signal(made, name)), name
         assert logged(trainer, f"governor/{name}") == [v for v in signal(made, name) if v is not None]

@@ -156,7 +156,7 @@ def test_the_rows_are_those_of_the_grid_around_what_was_found(suite):
     folder, findings, _, _ = suite
     results = read_results(folder)
     assert findings["runs"] == len({row.folder for row in results.rows})
-    assert len(results.rows) == 2 * 4 * 4
+    assert len(results.rows) == 2 * 3 * 4
     assert results.summary["reference_arm"] == TUNED
     tuning = content(folder, "tuning.json")
     for row in results.rows:
@@ -177,7 +177,7 @@ def test_the_findings_judge_what_was_measured(suite):
     ]  # fmt: skip
     for family in findings["families"]:
         arms = {arm["arm"]: arm for arm in family["arms"]}
-        assert tuple(arms) == (TUNED, "StableAdamW", "Schedule-Free", GUARD)
+        assert tuple(arms) == (TUNED, "Schedule-Free", GUARD)
         for target, key in (("sensitivity", "lr_sensitivity"), ("worst", "worst_ratio"), ("tuned-each", "ratio")):
             judged = next(t for t in findings["targets"] if t["id"] == target)
             assert judged["families"][family["name"]] == arms[GUARD][key]
@@ -203,7 +203,7 @@ def test_the_report_holds_every_table_and_a_panel_a_family(suite, lbw):
     figures = json.loads(re.search(r'id="figures">(.*?)</script>', page, re.DOTALL)[1])
     assert set(figures) == {"family0", "family1"}
     traces = figures["family0"]["data"]
-    assert {trace["meta"] for trace in traces} == {TUNED, "StableAdamW", "Schedule-Free", GUARD}
+    assert {trace["meta"] for trace in traces} == {TUNED, "Schedule-Free", GUARD}
     guard = next(trace for trace in traces if trace["meta"] == GUARD)
     arms = {arm["arm"]: arm for arm in findings["families"][0]["arms"]}
     assert guard["y"] == pytest.approx(arms[GUARD]["losses"])
@@ -317,8 +317,8 @@ def test_a_dry_run_lists_every_run_and_writes_nothing(lbw, small, tmp_path, monk
     answer = lbw("stress", "--families", "mini-qwen2-150", "--dry-run", *small)
     assert answer.code == 0
     lines = answer.out.splitlines()
-    assert len(lines) == 20 + 16 + 1
-    assert lines[-1].startswith("36 runs: 20 tuning, 16 grid; the search for AdamW's rate may add some")
+    assert len(lines) == 20 + 12 + 1
+    assert lines[-1].startswith("32 runs: 20 tuning, 12 grid; the search for AdamW's rate may add some")
     guard = [line for line in lines if line.startswith("grid") and GUARD in line]
     assert len(guard) == 4
     assert all("controller.name=lbw-guard" in line for line in guard)
