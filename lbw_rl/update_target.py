@@ -14,9 +14,10 @@ from lbw_rl.statistics import ExponentialMean
 DISPLACEMENT = 1.4
 """r · sqrt(T · H) at the start, T the planned steps and H = 1/(1 − β) the steps that momentum averages over: how far the
 weights walk, relative to their size, if the updates' directions are random. Chosen on `mini-qwen2` at 300 and 1000 steps."""
-STEEPNESS = 11.0
-"""Nats of first-order loss change per unit of relative update, ‖g‖·‖w₀‖, up to which a run takes the whole displacement;
-`mini-qwen2`'s own, so that there it just does not bind."""
+STEEPNESS = 20.0
+"""Nats of first-order loss change per unit of relative update, ‖g‖·‖w₀‖, up to which a run takes the whole displacement.
+On `mini-qwen2` it does not bind; chosen on wider models and on fine-tuning that no suite holds (docs/LOG.md, 2026-11-27)."""
+_LARGEST_SHARE = 8.0  # of the displacement, for adapters: a gradient that vanishes must not ask for steps without end
 _UNKNOWN_AVERAGING = (
     5.0  # steps: what the displacement was chosen with; Schedule-Free goes astray with 1, not with 5 or 10
 )
@@ -33,8 +34,8 @@ class UpdateTarget:
     - H = 1/(1 − β), β the momentum as executed: what is held is the displacement, not the single step; 5 where it is unknown;
     - S = ‖g‖ · ‖w₀‖ (nats), g the gradient and w₀ the weights at the start: the loss change, to first order, of an update as
       large as the weights. A wider, deeper or pretrained model is steeper and takes smaller steps. Factors of low-rank
-      adapters have no size of their own that would mean anything: there it is steepness / S alone, with the weights as they
-      are now, so that their size cancels and ‖g‖ · ‖Δw‖ itself is held;
+      adapters have no size of their own that would mean anything: there it is steepness / S alone (at most 8), with the
+      weights as they are now, so that their size cancels and ‖g‖ · ‖Δw‖ itself is held;
     - shape = min(sqrt(1 − p), η/η_max): p the progress, η the scheduled rate and η_max its largest so far, so that an annealing
       that the user asked for is kept, and none comes twice. Without a horizon T = 1000 and the schedule alone.
 
@@ -84,7 +85,7 @@ class UpdateTarget:
         s = self.steepness()
         share = self._steepness / s if s > 0 else math.nan
         if self._low_rank:
-            return share if math.isfinite(share) else 1.0
+            return min(_LARGEST_SHARE, share) if math.isfinite(share) else 1.0
         return min(1.0, share) if math.isfinite(share) else 1.0
 
     def _horizon(self, t: Telemetry) -> float:
