@@ -25,6 +25,8 @@ class Context:
         weights: elements of all trainable matrices, `None` if unknown.
         low_rank: whether they are the factors of low-rank adapters.
         momentum: β1 or momentum that the optimizer was set to, 0 if it has none, `None` if that is not known.
+        normalised: whether the optimizer sizes its updates itself, as Adam does; false where they are as uneven over the
+            weights as the gradient is, as those of SGD.
     """
 
     total_steps: int | None = None
@@ -35,6 +37,7 @@ class Context:
     weights: int | None = None
     low_rank: bool = False
     momentum: float | None = None
+    normalised: bool = True
 
 
 class Controller(ABC):

@@ -127,6 +127,7 @@ class Governor:
             weights=facts.weights,
             low_rank=facts.low_rank,
             momentum=facts.momentum,
+            normalised=facts.normalised,
         )
         self.controller.reset(self.context)
         self.step = 0

@@ -170,6 +170,7 @@ def run_header(controller: str, mode: Mode, context: Context) -> dict[str, Any]:
         "weights": context.weights,
         "low_rank": context.low_rank,
         "momentum": context.momentum,
+        "normalised": context.normalised,
     }
     return {"controller": controller, "mode": mode, "context": told}
 

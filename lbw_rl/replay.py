@@ -118,6 +118,7 @@ def _context(header: dict[str, Any], ledger: str | Path) -> Context:
             weights=recorded.get("weights"),
             low_rank=bool(recorded.get("low_rank", False)),
             momentum=recorded.get("momentum"),
+            normalised=bool(recorded.get("normalised", True)),
         )
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"ledger: the header of {ledger} is damaged ({_brief(e)})") from e

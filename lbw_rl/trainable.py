@@ -19,11 +19,14 @@ class Trainable:
             says nothing about that of the weights which they correct.
         momentum: β1 or momentum of the first parameter group; 0 where the group has neither, None where what it has is not to
             be read as one (`momentum_of`).
+        normalised: whether updates are divided by something of the gradient's size: all but SGD's kin, which have neither
+            betas nor an ε to divide by.
     """
 
     weights: int
     low_rank: bool
     momentum: float | None
+    normalised: bool
 
 
 def trainable(optimizer: torch.optim.Optimizer) -> Trainable:
@@ -37,6 +40,7 @@ def trainable(optimizer: torch.optim.Optimizer) -> Trainable:
         weights=sum(p.numel() for p in matrices or present),
         low_rank=_are_factors([tuple(p.shape) for p in matrices]),
         momentum=found[1] if found is not None else 0.0 if without else None,
+        normalised="betas" in group or "eps" in group,
     )
 
 

@@ -21,6 +21,9 @@ _LARGEST_SHARE = 8.0  # of the displacement, for adapters: a gradient that vanis
 _UNKNOWN_AVERAGING = (
     5.0  # steps: what the displacement was chosen with; Schedule-Free goes astray with 1, not with 5 or 10
 )
+_PLAIN_AVERAGING = (
+    20.0  # steps, for SGD: a gradient's few large entries take half the ratio that an even update does, at any momentum
+)
 _RAMP = 10  # steps: the length of Adam's memory; the same start whatever the base rate and its warmup
 _FORGET = 0.5 ** (1 / 100)  # per decision, of the largest gradient norm: half-life 100 decisions
 _USUAL_RMS = 0.02  # of fresh weights: the initial deviation of Qwen2, Llama and GPT-2
@@ -31,7 +34,8 @@ class UpdateTarget:
 
     r* = displacement / sqrt(T · H) · min(1, steepness / S) · ramp · shape, with
 
-    - H = 1/(1 − β), β the momentum as executed: what is held is the displacement, not the single step; 5 where it is unknown;
+    - H = 1/(1 − β), β the momentum as executed: what is held is the displacement, not the single step; 5 where it is unknown
+      and 20 for SGD, with or without momentum;
     - S = ‖g‖ · ‖w₀‖ (nats), g the gradient and w₀ the weights at the start: the loss change, to first order, of an update as
       large as the weights. A wider, deeper or pretrained model is steeper and takes smaller steps. Factors of low-rank
       adapters have no size of their own that would mean anything: there it is steepness / S alone (at most 8), with the
@@ -50,7 +54,7 @@ class UpdateTarget:
     def __init__(self, context: Context, displacement: float, steepness: float) -> None:
         self._displacement = displacement / math.sqrt(context.total_steps or UNKNOWN_HORIZON)
         self._steepness = steepness
-        self._low_rank, self._momentum = context.low_rank, context.momentum
+        self._low_rank, self._momentum, self._normalised = context.low_rank, context.momentum, context.normalised
         self._root_weights = math.sqrt(context.weights) if context.weights else math.nan
         self._grad_norm = ExponentialMean(4.0)
         self._largest = 0.0
@@ -89,6 +93,8 @@ class UpdateTarget:
         return min(1.0, share) if math.isfinite(share) else 1.0
 
     def _horizon(self, t: Telemetry) -> float:
+        if not self._normalised:
+            return _PLAIN_AVERAGING
         if self._momentum is None:
             return _UNKNOWN_AVERAGING
         scale = t.momentum_scale if t.momentum_scale > 0 else 1.0

@@ -67,6 +67,14 @@ def test_matrices_that_merely_have_a_side_in_common_are_no_adapters():
         assert not trainable(torch.optim.SGD(parameters, lr=0.1)).low_rank
 
 
+def test_only_plain_gradient_steps_are_not_normalised():
+    weight = [torch.nn.Parameter(torch.zeros(2, 2))]
+    for plain in (torch.optim.SGD(weight, lr=0.1), torch.optim.SGD(weight, lr=0.1, momentum=0.9)):
+        assert not trainable(plain).normalised
+    for make in (torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adafactor, torch.optim.NAdam):
+        assert trainable(make(weight)).normalised
+
+
 def test_without_a_matrix_everything_counts():
     gains = [torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(3), requires_grad=False)]
     told = trainable(torch.optim.SGD(gains, lr=0.1))

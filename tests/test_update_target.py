@@ -49,6 +49,12 @@ def test_a_momentum_that_is_not_known_counts_as_the_one_that_the_constants_were_
         assert unknown == pytest.approx(2 / math.sqrt(400 * 5) * math.sqrt(0.75))
 
 
+def test_sgd_has_half_the_ratio_of_adam_at_the_shortened_momentum_whatever_its_own():
+    for momentum in (0.0, 0.9, None):
+        plain = seen(target(momentum=momentum, normalised=False)).ratio(telemetry(momentum_scale=0.5))
+        assert plain == pytest.approx(2 / math.sqrt(400 * 20) * math.sqrt(0.75))
+
+
 @pytest.mark.parametrize(("weights", "weight_rms", "grad_norm"), [(1_000_000, 0.02, 1.0), (10_000, 0.1, 2.0)])
 def test_a_steep_model_takes_steps_in_inverse_proportion(weights, weight_rms, grad_norm):
     """S = 20 nats, twice what is granted in full."""
