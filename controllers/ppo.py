@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lbw_rl.action import Action, log_interpolate
+from lbw_rl.action import Action, Directive, log_interpolate
 from lbw_rl.controller import Context, Controller
 from lbw_rl.features import FeatureTracker
 from lbw_rl.policy import PolicyError, load_policy
 from lbw_rl.registry import load_controller
 from lbw_rl.signals import Telemetry
+from lbw_rl.steering import relative, steered
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
@@ -34,8 +37,8 @@ def newest_pretrained() -> Path:
 class FrozenPolicy(Controller):
     """A policy learned with PPO on proxies, run deterministically at its mean action.
 
-    Its two outputs in [-1, 1] map log-linearly onto the authority that it was trained under; the governor's own
-    authority then clips them like any other controller's. Features far outside the training distribution are
+    Its two outputs in [-1, 1] map log-linearly onto the authority that it was trained under, or onto multiples of what
+    a rule proposes (`lbw_rl.steering`); the governor's own authority then clips them like any other controller's. Features far outside the training distribution are
     counted, and past a stated rate the header's rule-based fallback takes over for good.
 
     Args:
@@ -61,28 +64,39 @@ class FrozenPolicy(Controller):
         self._recent: deque[bool] = deque(maxlen=self.policy.header.fallback.window)
         self._unfamiliar = 0
         self._fallen_back = False
+        self._proposed = math.nan  # by the rule, at the decision before
         self._fallback.reset(context)
 
     def act(self, telemetry: Telemetry) -> Action:
         """The policy's mean action, or the fallback's once that has taken over."""
         header = self.policy.header
-        features = self._tracker(telemetry.as_dict())[0]
+        steers = header.relative_to != "schedule"
+        signals = telemetry.as_dict()
+        features = self._tracker(relative(signals, self._proposed) if steers else signals)[0]
         unfamiliarity = float((np.abs(features - self.policy.mean) / self.policy.std).max())
         unfamiliar = unfamiliarity > header.fallback.feature_z
         self._unfamiliar += unfamiliar
         self._recent.append(unfamiliar)
         rule = self._fallback.act(telemetry)  # kept warm, so that a hand-over has its baselines
+        self._proposed = rule.lr_scale
         window = header.fallback.window
         if len(self._recent) == window and sum(self._recent) / window > header.fallback.rate:
             self._fallen_back = True
         if self._fallen_back:
             return rule
         lr, momentum = (float(a) for a in self.policy.action(features))
+        evidence = {"action_lr": lr, "action_momentum": momentum, "unfamiliarity": unfamiliarity}
+        regime = "learned-unfamiliar" if unfamiliar else "learned"
+        if steers:
+            action = steered(rule, (lr, momentum), header.reach)
+            if action.directive is Directive.PROCEED:
+                return replace(action, regime=regime, evidence={**rule.evidence, **evidence})
+            return action
         return Action(
             lr_scale=log_interpolate(lr, header.authority.lr_scale),
             momentum_scale=log_interpolate(momentum, header.authority.momentum_scale),
-            regime="learned-unfamiliar" if unfamiliar else "learned",
-            evidence={"action_lr": lr, "action_momentum": momentum, "unfamiliarity": unfamiliarity},
+            regime=regime,
+            evidence=evidence,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,6 +106,7 @@ class FrozenPolicy(Controller):
             "recent": list(self._recent),
             "unfamiliar": self._unfamiliar,
             "fallen_back": self._fallen_back,
+            "proposed": self._proposed if math.isfinite(self._proposed) else None,
             "fallback": self._fallback.state_dict(),
         }
 
@@ -100,6 +115,7 @@ class FrozenPolicy(Controller):
         self._tracker.load_state_dict(state["tracker"])
         self._recent = deque(state["recent"], maxlen=self.policy.header.fallback.window)
         self._unfamiliar, self._fallen_back = state["unfamiliar"], state["fallen_back"]
+        self._proposed = math.nan if state["proposed"] is None else state["proposed"]
         self._fallback.load_state_dict(state["fallback"])
 
     def summary(self) -> dict[str, Any]:

@@ -131,6 +131,13 @@ class Fleet:
         other.optimizer.steps[:] = self.optimizer.steps[rows]
         return other
 
+    def paste(self, rows: Sequence[int], other: Fleet) -> None:
+        """Takes `other`'s models, optimizer state included, as those in `rows`."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        for mine, theirs in zip(self._buffers(), other._buffers(), strict=True):
+            mine[index] = theirs
+        self.optimizer.steps[rows] = other.optimizer.steps
+
     def paste_grads(self, rows: Sequence[int], other: Fleet) -> None:
         """Takes the gradients of `other`'s models as those of the models in `rows`."""
         self.grads[torch.as_tensor(rows, dtype=torch.long)] = other.grads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -41,6 +42,14 @@ class FleetProbe:
         self._gradient[index] = self._mean[index] = torch.nan
         self._update[:, rows] = np.nan
 
+    def take(self, rows: Sequence[int], fleet: Fleet) -> FleetProbe:
+        """What is known of the models in `rows`, of which `fleet` holds copies."""
+        part = copy.copy(self)
+        index = torch.as_tensor(rows, dtype=torch.long)
+        part.fleet = fleet
+        part._gradient, part._mean, part._update = self._gradient[index], self._mean[index], self._update[:, rows]
+        return part
+
     def before_step(self) -> None:
         """Notes the weights, so that `after_step` can tell how far they moved."""
         self._before = self.fleet.weights.detach()[:, self._matrices].clone()
@@ -50,7 +59,10 @@ class FleetProbe:
         assert self._before is not None, "after_step without before_step"
         moved = self.fleet.weights.detach()[:, self._matrices] - self._before
         size = self._before.square().mean(1)
-        self._update[0] = (moved.square().mean(1) / size).sqrt()
+        ratio = (moved.square().mean(1) / size).sqrt()
+        self._update[0] = torch.where(
+            ratio > 0, ratio, torch.from_numpy(self._update[0])
+        )  # the last one that was executed
         self._update[1] = size.sqrt()
         self._before = None
 

@@ -45,7 +45,7 @@ class LLMTrainingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
 
     ## Observation Space
 
-    `Box(-3, 3, (18,), float32)`: the feature vector (schema v1) of `lbw_rl.features`, 0 where a signal was not
+    `Box(-3, 3, (22,), float32)`: the feature vector (schema v2) of `lbw_rl.features`, 0 where a signal was not
     measured. Index, name and range of every feature are those of `lbw_rl/ProxyTraining-v0`; here the device
     signals are real.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,6 +65,17 @@ class ProxyData:
             self.batches[row, :needed] = torch.from_numpy(train).view(needed, self.shape.sequences, -1)
             self.held_out[row] = torch.from_numpy(test)
 
+    def take(self, rows: Sequence[int]) -> ProxyData:
+        """Tasks and tokens of `rows`, copied."""
+        part = copy.copy(self)
+        index = torch.as_tensor(rows, dtype=torch.long)
+        part.tasks, part.batches, part.held_out = (
+            self.tasks.take(np.asarray(rows)),
+            self.batches[index],
+            self.held_out[index],
+        )
+        return part
+
 
 class ProxyRuns:
     """One run per task of `data`, each at its own step, all advanced together.
@@ -93,15 +105,20 @@ class ProxyRuns:
 
     def _batch(self, rows: Sequence[int] | None = None) -> Tensor:
         index = np.arange(self.fleet.n) if rows is None else np.asarray(rows)
-        return self.data.batches[index, self.step[index]]
+        # A run that has ended while others go on reads its last batch again and again; nobody asks for what it makes of it.
+        return self.data.batches[index, np.minimum(self.step, self.data.tasks.horizon)[index]]
 
     def learning_rate(self) -> FloatArray:
         """Scheduled learning rate of the step at hand, shape (n,)."""
         return self.data.tasks.learning_rate(self.step)
 
-    def update(self, lr_scale: FloatArray, momentum_scale: FloatArray) -> None:
-        """One optimizer step at the given multiples of the schedule, shape (n,) each."""
+    def update(self, lr_scale: FloatArray, momentum_scale: FloatArray, skipped: Sequence[int] = ()) -> None:
+        """One optimizer step at the given multiples of the schedule, shape (n,) each.
+
+        Weights, moments and step counts of the runs in `skipped` stay as they are; their batch is gone.
+        """
         tasks = self.data.tasks
+        kept = self.fleet.copy(skipped) if skipped else None
         self.fleet.step(
             self.learning_rate() * lr_scale,
             np.array([scaled_decay(b, s) for b, s in zip(tasks.beta1, momentum_scale, strict=True)]),
@@ -109,6 +126,8 @@ class ProxyRuns:
             weight_decay=tasks.weight_decay,
             clip=tasks.clip,
         )
+        if kept is not None:
+            self.fleet.paste(skipped, kept)
         self.step += 1
 
     def backward(self) -> None:
@@ -121,17 +140,9 @@ class ProxyRuns:
             return self.fleet.evaluate(self.data.held_out)
         return self.fleet.copy(rows).evaluate(self.data.held_out[torch.as_tensor(rows, dtype=torch.long)])
 
-    def left_alone(self, rows: Sequence[int]) -> FloatArray:
-        """Held-out losses at which the runs in `rows` would end on their own schedules; nothing here moves.
-
-        Returns:
-            Shape (len(rows),).
-        """
-        index = np.asarray(rows)
-        tasks, step, fleet = self.data.tasks.take(index), self.step[index].copy(), self.fleet.copy(rows)
-        while (running := step < tasks.horizon).any():
-            lr = np.where(running, tasks.learning_rate(step), 0.0)
-            fleet.step(lr, tasks.beta1, tasks.beta2, weight_decay=tasks.weight_decay, clip=tasks.clip)
-            step += running
-            fleet.backward(self.data.batches[index, step])
-        return fleet.evaluate(self.data.held_out[torch.from_numpy(index)])
+    def take(self, rows: Sequence[int]) -> ProxyRuns:
+        """The runs in `rows`, copied: what is done to the copy does not show here."""
+        part = copy.copy(self)
+        part.data, part.fleet = self.data.take(rows), self.fleet.copy(rows)
+        part.step, part.losses = self.step[list(rows)].copy(), self.losses[list(rows)].copy()
+        return part

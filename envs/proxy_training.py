@@ -10,18 +10,16 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from lbw_rl.action import Action
 from lbw_rl.authority import Authority
 from lbw_rl.envs.fleet import FleetShape, FloatArray
-from lbw_rl.envs.fleet_signals import FleetProbe
+from lbw_rl.envs.governed_proxies import Arrays, GovernedProxies
 from lbw_rl.envs.held_out_gain import DivergenceWatch, HeldOutGain
-from lbw_rl.envs.interface import DEFAULT_AUTHORITY, action_space, command, observation_space
-from lbw_rl.envs.proxy_runs import BatchShape, ProxyData, ProxyRuns
+from lbw_rl.envs.interface import DEFAULT_AUTHORITY, action_space, observation_space
+from lbw_rl.envs.proxy_runs import BatchShape, ProxyData
 from lbw_rl.envs.synthetic_device import SyntheticDevice
 from lbw_rl.envs.tasks import LR_ERROR, WELL_TUNED, Tasks, sample_tasks
 from lbw_rl.features import FeatureTracker
 
-Arrays = dict[str, FloatArray]
 Mask = NDArray[np.bool_]
 
 
@@ -46,9 +44,12 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
     | 0   | multiple of the scheduled learning rate            | 0.01     | 1           | 100     |
     | 1   | multiple of the averaging horizon 1/(1−β1)         | 0.5      | 1           | 2       |
 
+    With `rule`, an action is a pair of multiples of what that controller proposes for the run, from 1/2 to 2 for the
+    learning-rate scale and from 0.8 to 1.25 for the momentum scale (`lbw_rl.steering`); 0 leaves the run to the rule.
+
     ## Observation Space
 
-    `Box(-3, 3, (18,), float32)` per run: the feature vector (schema v1) of `lbw_rl.features`, 0 where a signal
+    `Box(-3, 3, (22,), float32)` per run: the feature vector (schema v2) of `lbw_rl.features`, 0 where a signal
     was not measured. It describes the step whose gradient is at hand, before its update.
 
     | Num | Observation        | Definition                                                  | Min | Max |
@@ -59,27 +60,33 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
     | 3   | schedule           | 2·(scheduled lr / its maximum so far) − 1                   | -1  | 1   |
     | 4   | displacement       | ln(update_ratio · sqrt(total steps) / 0.7)                  | -3  | 3   |
     | 5   | update_ratio_trend | ln(update_ratio / its slow mean)                            | -3  | 3   |
-    | 6   | loss_level         | 2·ln(fast mean loss / first loss) + 1                       | -3  | 3   |
-    | 7   | loss_trend         | (fast − slow mean loss) / mean absolute deviation           | -3  | 3   |
-    | 8   | loss_jump          | (loss − slow mean) / mean absolute deviation / 2            | -3  | 3   |
-    | 9   | grad_norm_jump     | ln(grad_norm / its slow mean)                               | -3  | 3   |
-    | 10  | grad_entropy       | 4·grad_entropy − 2                                          | -2  | 2   |
-    | 11  | grad_cosine        | 2·grad_cosine                                               | -2  | 2   |
-    | 12  | surprise           | ln(surprise) / 2                                            | -3  | 3   |
-    | 13  | nonfinite          | 1 if loss or gradient is not finite                         | 0   | 1   |
-    | 14  | throughput         | 2·ln(tokens_per_second / its slow mean)                     | -3  | 3   |
-    | 15  | gpu_utilization    | 2·gpu_utilization − 1                                       | -1  | 1   |
-    | 16  | gpu_memory         | 2·gpu_memory − 1                                            | -1  | 1   |
-    | 17  | gpu_power          | 2·gpu_power − 1                                             | -1  | 3   |
+    | 6   | weight_growth      | 2·ln(weight_rms / its first value)                          | -3  | 3   |
+    | 7   | loss_level         | 2·ln(fast mean loss / first loss) + 1                       | -3  | 3   |
+    | 8   | loss_trend         | (fast − slow mean loss) / mean absolute deviation           | -3  | 3   |
+    | 9   | loss_jump          | (loss − slow mean) / mean absolute deviation / 2            | -3  | 3   |
+    | 10  | loss_noise         | ln(mean absolute deviation / 0.02 / slow mean loss)         | -3  | 3   |
+    | 11  | grad_norm_jump     | ln(grad_norm / its slow mean)                               | -3  | 3   |
+    | 12  | grad_norm_level    | ln(slow mean grad_norm / first grad_norm)                   | -3  | 3   |
+    | 13  | grad_entropy       | 4·grad_entropy − 2                                          | -2  | 2   |
+    | 14  | grad_entropy_element | 4·grad_entropy_element − 3                                | -3  | 1   |
+    | 15  | grad_agreement     | ln((1 − mean grad_entropy_direction + 0.001) / 0.01) / 2    | -2  | 3   |
+    | 16  | grad_cosine        | 2·grad_cosine                                               | -2  | 2   |
+    | 17  | surprise           | ln(surprise) / 2                                            | -3  | 3   |
+    | 18  | nonfinite          | 1 if loss or gradient is not finite                         | 0   | 1   |
+    | 19  | gpu_utilization    | 2·gpu_utilization − 1                                       | -1  | 1   |
+    | 20  | gpu_memory         | 2·gpu_memory − 1                                            | -1  | 1   |
+    | 21  | gpu_power          | 2·gpu_power − 1                                             | -1  | 3   |
 
-    The device signals (14–17) are random walks with gaps that have no bearing on the run, so that a policy
+    With `rule`, feature 1 is the executed scale in units of what the rule had proposed.
+
+    The device signals (19–21) are random walks with gaps that have no bearing on the run, so that a policy
     learns not to lean on them.
 
     ## Rewards
 
     *r<sub>k</sub> = G<sub>k</sub> − G<sub>k−1</sub>*, where *G = L<sub>base</sub> − L<sub>governed</sub>* in nats
     per token on the task's held-out tokens. The base run has the same weights, data and settings and is left
-    alone. Each loss counts as min(loss, its initial value), and a loss that is not finite as the initial value.
+    alone, or to the rule alone. Each loss counts as min(loss, its initial value), and a loss that is not finite as the initial value.
     The undiscounted return is therefore the final held-out gain over the base run; use γ = 1. Always-neutral
     actions earn exactly 0 at every decision. With `base_run=False` the constant initial loss stands in for
     *L<sub>base</sub>*: the same optimal policy at half the cost, with the run's own progress as its return.
@@ -114,6 +121,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
     - `horizon`: shortest and longest run in optimizer steps.
     - `lr_error`, `well_tuned`: range of the learning-rate error, and the share of tasks without one.
     - `base_run`: whether a base run accompanies every governed one.
+    - `rule`: name of the controller that actions are relative to; None for the bare optimizer.
     - `shape`, `batch`: architecture of the models; sizes of their batches.
 
     `reset(seed=s)` seeds run i with s + i; a list gives one seed per run. The same seeds and actions give the
@@ -133,6 +141,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         lr_error: tuple[float, float] = LR_ERROR,
         well_tuned: float = WELL_TUNED,
         base_run: bool = True,
+        rule: str | None = None,
         shape: FleetShape | None = None,
         batch: BatchShape | None = None,
     ) -> None:
@@ -149,13 +158,11 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         self.task_distribution: dict[str, Any] = {"horizon": horizon, "lr_error": lr_error, "well_tuned": well_tuned}
         shape, batch = shape or FleetShape(), batch or BatchShape()
         self._data = ProxyData(num_envs, horizon[1] + decide_every, shape.vocab, batch)
-        self._governed = ProxyRuns(self._data, shape)
-        self._base = ProxyRuns(self._data, shape) if base_run else None
-        self._probe = FleetProbe(self._governed.fleet)
+        self._governed = GovernedProxies(self._data, shape, authority, decide_every, rule)
+        self._base = GovernedProxies(self._data, shape, authority, decide_every, rule) if base_run else None
         self._device = SyntheticDevice(num_envs)
         self._features = FeatureTracker(num_envs, 1.0)
         self._generators: list[np.random.Generator] | None = None
-        self._executed = [Action() for _ in range(num_envs)]
         self._gain = HeldOutGain(num_envs)
         self._watch, self._base_watch = DivergenceWatch(num_envs), DivergenceWatch(num_envs)
 
@@ -203,28 +210,23 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
             )
         else:
             self._data.put(rows, tasks)
-        for runs in self._fleets():
-            runs.start(rows)
-        self._probe.reset(rows)
+        self._governed.start(rows)
+        if self._base is not None:
+            self._base.start(rows)
+            self._base.telemetry(rows)
         self._device.reset(rows, generators)
         mask = np.zeros(self.num_envs, dtype=bool)
         mask[rows] = True
         self._features.reset(mask, self._data.tasks.horizon.astype(np.float64))
-        for row in rows:
-            self._executed[row] = Action()
-        self._gain.reset(rows, self._governed.held_out_losses(rows))
+        self._gain.reset(rows, self._governed.runs.held_out_losses(rows))
         self._watch.reset(rows)
         self._base_watch.reset(rows)
-        telemetry = self._telemetry(rows)
-        return self._features(telemetry).astype(np.float32), telemetry
+        return self._observe(rows)
 
     def _of(self, rows: Sequence[int]) -> list[np.random.Generator]:
         if self._generators is None:
             raise RuntimeError("step called before reset")
         return [self._generators[row] for row in rows]
-
-    def _fleets(self) -> list[ProxyRuns]:
-        return [self._governed] if self._base is None else [self._governed, self._base]
 
     # -- one decision --------------------------------------------------------------------------------
 
@@ -245,63 +247,38 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         actions = np.asarray(actions)
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions have shape {actions.shape}; needed: {self.action_space.shape}")
-        self._executed = [
-            self.authority.clip(command(unit, self.authority), last.lr_scale)[0]
-            for unit, last in zip(actions, self._executed, strict=True)
-        ]
-        self._train()
-        telemetry = self._telemetry()
-        observations = self._features(telemetry).astype(np.float32)
-        losses = self._governed.held_out_losses()
-        terminated = self._watch(self._governed.losses, losses, self._gain.initial)
-        truncated = (self._governed.step >= self._data.tasks.horizon) & ~terminated
+        self._governed.command(actions)
+        self._governed.advance()
+        if self._base is not None:
+            self._base.command(None)
+            self._base.advance()
+        observations, telemetry = self._observe(range(self.num_envs))
+        runs = self._governed.runs
+        losses = runs.held_out_losses()
+        terminated = self._watch(runs.losses, losses, self._gain.initial)
+        truncated = (runs.step >= self._data.tasks.horizon) & ~terminated
         rewards = self._rewards(losses, terminated)
         info = self._info(telemetry)
         if (done := terminated | truncated).any():
             observations, info = self._restart(done, observations, info)
         return observations, rewards, terminated, truncated, info
 
-    def _train(self) -> None:
-        lr_scale = np.array([a.lr_scale for a in self._executed])
-        momentum_scale = np.array([a.momentum_scale for a in self._executed])
-        neutral = np.ones(self.num_envs)
-        for i in range(self.decide_every):
-            measured = i + 1 == self.decide_every
-            if measured:
-                self._probe.before_step()
-            self._governed.update(lr_scale, momentum_scale)
-            if measured:
-                self._probe.after_step()
-            self._governed.backward()
-            if self._base is not None:
-                self._base.update(neutral, neutral)
-                self._base.backward()
-
-    def _telemetry(self, rows: list[int] | None = None) -> Arrays:
-        """The record of the step at hand; with `rows`, of these runs alone."""
-        runs, tasks = self._governed, self._data.tasks
-        values = self._probe.measure(runs.losses, tasks.beta2, rows)
-        values["step"] = runs.step.astype(np.float64)
-        values["progress"] = runs.step / tasks.horizon
-        values["learning_rate"] = runs.learning_rate()
-        values["lr_scale"] = np.array([a.lr_scale for a in self._executed])
-        values["momentum_scale"] = np.array([a.momentum_scale for a in self._executed])
-        chosen = list(range(self.num_envs)) if rows is None else rows
-        for name, readings in self._device.read(chosen, self._of(chosen)).items():
-            values[name] = np.full(self.num_envs, np.nan)
-            values[name][chosen] = readings
-        if rows is not None:
-            others = np.ones(self.num_envs, dtype=bool)
-            others[rows] = False
-            values = {name: np.where(others, np.nan, v) for name, v in values.items()}
-        return values
+    def _observe(self, rows: Sequence[int]) -> tuple[NDArray[np.float32], Arrays]:
+        """Observations and the record of the step at hand, NaN but in `rows`."""
+        telemetry = self._governed.telemetry(rows)
+        if self._base is not None and len(rows) == self.num_envs:
+            self._base.telemetry(rows)
+        for name, readings in self._device.read(list(rows), self._of(rows)).items():
+            telemetry[name] = np.full(self.num_envs, np.nan)
+            telemetry[name][list(rows)] = readings
+        return self._features(self._governed.observed(telemetry)).astype(np.float32), telemetry
 
     def _rewards(self, losses: FloatArray, diverged: Mask) -> FloatArray:
         if self._base is None:
             base, lost = self._gain.initial, np.zeros(self.num_envs, dtype=bool)
         else:
-            base = self._base.held_out_losses()
-            lost = self._base_watch(self._base.losses, base, self._gain.initial)
+            base = self._base.runs.held_out_losses()
+            lost = self._base_watch(self._base.runs.losses, base, self._gain.initial)
             if abandoned := [int(i) for i in np.flatnonzero(diverged & ~lost)]:
                 base[abandoned] = self._base.left_alone(abandoned)
         return self._gain.rewards(losses, diverged, base, lost)
@@ -310,8 +287,8 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         return {
             "telemetry": telemetry,
             "gain": self._gain.gain.copy(),
-            "lr_scale": np.array([a.lr_scale for a in self._executed]),
-            "momentum_scale": np.array([a.momentum_scale for a in self._executed]),
+            "lr_scale": np.array([a.lr_scale for a in self._governed.executed]),
+            "momentum_scale": np.array([a.momentum_scale for a in self._governed.executed]),
         }
 
     def _restart(

@@ -1,7 +1,8 @@
-"""Feature schema v1: what a learned policy sees of the telemetry.
+"""Feature schema v2: what a learned policy sees of the telemetry.
 
 Dimensionless, clipped, and free of anything that identifies the task's size (no absolute learning rate,
-parameter count or vocabulary), so that a policy trained on proxies reads a large run in the same terms.
+parameter count or vocabulary), so that a policy trained on proxies reads a large run in the same terms. Free of the
+clock, too: what a policy decides must not depend on how fast a machine is, nor differ when a run is repeated.
 Works on a batch of runs at once: every signal is an array of shape (n,), n = 1 under a `Governor`.
 """
 
@@ -15,12 +16,12 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-FEATURE_SCHEMA = 1
+FEATURE_SCHEMA = 2
 FEATURE_LIMIT = 3.0
 """Every feature is clipped to ±this; 0 is the centre of its range and stands for "not measured"."""
 
 _FAST, _SLOW = 0.3, 0.1  # weights of the newest decision in the two exponential means (half-lives ~2 and ~7)
-_LN_2, _LN_10 = np.log(2), np.log(10)
+_LN_2, _LN_10, _LN_NOISE, _LN_AGREEMENT = np.log([2, 10, 0.02, 0.01])
 _LN_DISPLACEMENT = np.log(0.7)  # update_ratio · sqrt(total steps) of a well-tuned run (docs/LOG.md, 2026-11-22)
 _UNKNOWN_HORIZON = 1000.0
 _HUGE = 1e100  # sums and differences of anything smaller stay finite; what is larger was not measured
@@ -49,6 +50,10 @@ _DEFINITIONS: dict[str, tuple[str, Callable[[dict[str, Array]], Array]]] = {
         "ln(update_ratio / its slow mean)",
         lambda s: _log_ratio(s["update_ratio"], s["_update_ratio"]),
     ),
+    "weight_growth": (
+        "2·ln(weight_rms / its first value)",
+        lambda s: 2 * _log_ratio(s["weight_rms"], s["_weight_first"]),
+    ),
     "loss_level": (
         "2·ln(fast mean loss / first loss) + 1",
         lambda s: 2 * _log_ratio(s["_loss_fast"], s["_loss_first"]) + 1,
@@ -61,39 +66,51 @@ _DEFINITIONS: dict[str, tuple[str, Callable[[dict[str, Array]], Array]]] = {
         "(loss − slow mean) / mean absolute deviation / 2",
         lambda s: (s["loss"] - s["_loss_slow"]) / s["_loss_deviation"] / 2,
     ),
+    "loss_noise": (
+        "ln(mean absolute deviation / 0.02 / slow mean loss): how much the loss of one batch tells",
+        lambda s: np.log(s["_loss_deviation"] / s["_loss_slow"]) - _LN_NOISE,
+    ),
     "grad_norm_jump": (
         "ln(grad_norm / its slow mean)",
         lambda s: _log_ratio(s["grad_norm"], s["_grad_norm"]),
     ),
+    "grad_norm_level": (
+        "ln(slow mean grad_norm / first grad_norm)",
+        lambda s: _log_ratio(s["_grad_norm"], s["_grad_norm_first"]),
+    ),
     "grad_entropy": ("4·grad_entropy − 2", lambda s: 4 * s["grad_entropy"] - 2),
+    "grad_entropy_element": ("4·grad_entropy_element − 3", lambda s: 4 * s["grad_entropy_element"] - 3),
+    "grad_agreement": (
+        "ln((1 − slow mean grad_entropy_direction + 0.001) / 0.01) / 2: 0 where a gradient agrees with the last ten as in a "
+        "usual run of small batches",
+        lambda s: (np.log(1 - s["_direction"] + 1e-3) - _LN_AGREEMENT) / 2,
+    ),
     "grad_cosine": ("2·grad_cosine", lambda s: 2 * s["grad_cosine"]),
     "surprise": ("ln(surprise) / 2", lambda s: np.log(s["surprise"]) / 2),
     "nonfinite": ("nonfinite", lambda s: s["nonfinite"]),
-    "throughput": (
-        "2·ln(tokens_per_second / its slow mean)",
-        lambda s: 2 * _log_ratio(s["tokens_per_second"], s["_tokens_per_second"]),
-    ),
     "gpu_utilization": ("2·gpu_utilization − 1", lambda s: 2 * s["gpu_utilization"] - 1),
     "gpu_memory": ("2·gpu_memory − 1", lambda s: 2 * s["gpu_memory"] - 1),
     "gpu_power": ("2·gpu_power − 1", lambda s: 2 * s["gpu_power"] - 1),
 }
 
 FEATURES: dict[str, str] = {name: definition for name, (definition, _) in _DEFINITIONS.items()}
-"""Feature name → definition, in the order of the vector (schema v1)."""
+"""Feature name → definition, in the order of the vector (schema v2)."""
 
 _SIGNALS_READ = (
     "progress", "lr_scale", "momentum_scale", "learning_rate", "update_ratio", "loss", "grad_norm", "grad_entropy",
-    "grad_cosine", "surprise", "nonfinite", "tokens_per_second", "gpu_utilization", "gpu_memory", "gpu_power",
+    "grad_cosine", "surprise", "nonfinite", "gpu_utilization", "gpu_memory", "gpu_power", "weight_rms", "grad_entropy_element",
+    "grad_entropy_direction",
 )  # fmt: skip
 
-_SLOW_MEANS = ("_loss_slow", "_loss_deviation", "_update_ratio", "_grad_norm", "_tokens_per_second")
-_MEMORY = ("_lr_max", "_loss_first", "_loss_fast", *_SLOW_MEANS)
+_FIRST = {"_loss_first": "loss", "_weight_first": "weight_rms", "_grad_norm_first": "grad_norm"}
+_SLOW_MEANS = ("_loss_slow", "_loss_deviation", "_update_ratio", "_grad_norm", "_direction")
+_MEMORY = ("_lr_max", *_FIRST, "_loss_fast", *_SLOW_MEANS)
 
 
 class FeatureTracker:
     """Turns the telemetry of `n` runs into feature vectors, one decision at a time.
 
-    Keeps, per run, exponential means of loss, gradient norm, update ratio and throughput. A non-finite
+    Keeps, per run, exponential means of loss, gradient norm, update ratio and gradient direction. A non-finite
     value never enters them; until a mean exists its features read 0.
     """
 
@@ -134,17 +151,18 @@ class FeatureTracker:
         read[~(np.abs(read) < _HUGE)] = np.nan
         s = dict(zip(_SIGNALS_READ, read))
         memory = dict(zip(_MEMORY, self._memory))  # views: writing to them is remembering
-        loss, loss_first, loss_slow = s["loss"], memory["_loss_first"], memory["_loss_slow"]
+        loss, loss_slow = s["loss"], memory["_loss_slow"]
         deviation = np.abs(loss - np.where(np.isnan(loss_slow), loss, loss_slow)) + 1e-3
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             memory["_lr_max"][:] = np.fmax(memory["_lr_max"], s["learning_rate"])
-            loss_first[:] = np.where(np.isnan(loss_first), loss, loss_first)
+            for name, signal in _FIRST.items():
+                memory[name][:] = np.where(np.isnan(memory[name]), s[signal], memory[name])
             memory["_loss_fast"][:] = _blend(memory["_loss_fast"], loss, _FAST)
             # Jumps are measured against the past alone: the newest value enters its own slow mean afterwards.
             s.update(memory, _sqrt_horizon=self._sqrt_horizon)
             for i, (_, feature) in enumerate(_DEFINITIONS.values()):
                 self._raw[:, i] = feature(s)
-        newest = np.array([loss, deviation, s["update_ratio"], s["grad_norm"], s["tokens_per_second"]])
+        newest = np.array([loss, deviation, s["update_ratio"], s["grad_norm"], s["grad_entropy_direction"]])
         slow = self._memory[-len(_SLOW_MEANS) :]
         slow[:] = _blend(slow, newest, _SLOW)
         self._raw[np.isnan(self._raw)] = 0.0

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
@@ -21,8 +22,9 @@ from safetensors.numpy import save as save_safetensors
 from lbw_rl.authority import Authority
 from lbw_rl.features import FEATURE_LIMIT, FEATURE_SCHEMA, FEATURES
 from lbw_rl.registry import CONTROLLERS
+from lbw_rl.steering import REACH
 
-POLICY_SCHEMA = 1
+POLICY_SCHEMA = 2
 WEIGHTS_FILE, HEADER_FILE, CARD_FILE = "policy.safetensors", "policy.json", "CARD.md"
 
 
@@ -65,12 +67,30 @@ class PolicyHeader(BaseModel):
     mean: list[float] = Field(description="normaliser: mean of each feature in training")
     std: list[float] = Field(description="normaliser: standard deviation of each feature in training")
     hidden_sizes: list[int] = Field(description="widths of the hidden layers, tanh")
-    action_mapping: str = Field("log-linear from [-1, 1] onto the authority's ranges: lr_scale, momentum_scale")
+    relative_to: str = Field(
+        "schedule",
+        description="what the two outputs in [-1, 1] stand for: 'schedule', positions within the authority's ranges; or the "
+        "name of a rule, multiples of its lr_scale and momentum_scale",
+    )
+    reach: tuple[float, float] = Field(
+        REACH,
+        description="largest multiples of a rule's lr_scale and momentum_scale, the smallest being their inverses",
+    )
     authority: Authority = Field(description="authority that it was trained under")
     decide_every: int = Field(ge=1, description="optimizer steps per decision")
     fallback: Fallback = Field(description="when a rule takes over", default_factory=Fallback)
     provenance: dict[str, Any] = Field(description="seeds, task distribution, package versions")
     weights_sha256: str = Field(description="SHA-256 of policy.safetensors")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.relative_to not in ("schedule", self.fallback.controller):
+            raise ValueError(
+                f"relative_to is {self.relative_to!r}; accepted: 'schedule', or the fallback's {self.fallback.controller!r}"
+            )
+        if not all(1.0 <= r < math.inf for r in self.reach):
+            raise ValueError(f"reach is {self.reach}; accepted: finite numbers ≥ 1")
+        return self
 
 
 @dataclass(frozen=True)
@@ -121,6 +141,7 @@ def save_policy(
     decide_every: int,
     provenance: dict[str, Any],
     card: str,
+    rule: str | None = None,
 ) -> Path:
     """Freezes an actor into `folder`: weights, header and model card.
 
@@ -131,6 +152,7 @@ def save_policy(
         authority, decide_every: what it was trained under.
         provenance: JSON data on seeds, tasks and versions.
         card: text of CARD.md.
+        rule: name of the controller that its actions are relative to; it is then the fallback as well.
 
     Raises:
         PolicyError: the layers do not fit the features or hold a non-finite value.
@@ -152,6 +174,8 @@ def save_policy(
         hidden_sizes=[int(weight.shape[0]) for weight, _ in layers[:-1]],
         authority=authority,
         decide_every=decide_every,
+        relative_to=rule or "schedule",
+        fallback=Fallback() if rule is None else Fallback(controller=rule),
         provenance=provenance,
         weights_sha256=hashlib.sha256(weights).hexdigest(),
     )

@@ -27,7 +27,7 @@ def typical(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
 
 
 def test_schema_names_every_feature_once_with_its_definition():
-    assert FEATURE_SCHEMA == 1
+    assert FEATURE_SCHEMA == 2
     assert list(FEATURES) == list(_DEFINITIONS)
     assert all(FEATURES.values())
     assert not {"learning_rate", "weight_rms", "step", "step_seconds"} & set(FEATURES)
@@ -60,7 +60,8 @@ def test_nothing_measured_reads_zero():
 
 def test_analytic_values_of_one_healthy_decision():
     tracker = FeatureTracker(1, 400)
-    tracker({"loss": 4.0, "learning_rate": 2e-3, "grad_norm": 1.0, "update_ratio": 0.01, "tokens_per_second": 50.0})
+    first = {"weight_rms": 0.02, "grad_entropy_direction": 0.989}
+    tracker({"loss": 4.0, "learning_rate": 2e-3, "grad_norm": 1.0, "update_ratio": 0.01, **first})
     row = tracker(
         {
             "progress": 0.75,
@@ -74,7 +75,9 @@ def test_analytic_values_of_one_healthy_decision():
             "grad_cosine": 0.25,
             "update_ratio": 0.035,
             "surprise": math.e**2,
-            "tokens_per_second": 100.0,
+            "weight_rms": 0.02 * math.e,
+            "grad_entropy_element": 0.8,
+            "grad_entropy_direction": 0.5,
             "gpu_utilization": 0.9,
         }
     )[0]
@@ -87,21 +90,25 @@ def test_analytic_values_of_one_healthy_decision():
         "schedule": 0.0,
         "displacement": 0.0,  # 0.035 · sqrt(400) = 0.7
         "update_ratio_trend": math.log(3.5),
+        "weight_growth": 2.0,
         "loss_level": 2 * math.log(fast_loss / 4.0) + 1,
         "loss_trend": -FEATURE_LIMIT,  # the loss has not deviated before
         "loss_jump": -FEATURE_LIMIT,
+        "loss_noise": -FEATURE_LIMIT,
         "grad_norm_jump": 1.0,
+        "grad_norm_level": 0.0,
         "grad_entropy": 0.4,
+        "grad_entropy_element": 0.2,
+        "grad_agreement": math.log(0.012 / 0.01) / 2,
         "grad_cosine": 0.5,
         "surprise": 1.0,
         "nonfinite": 0.0,
-        "throughput": 2 * math.log(2),
         "gpu_utilization": 0.8,
         "gpu_memory": 0.0,
         "gpu_power": 0.0,
     }
     assert value == pytest.approx(expected)
-    assert tracker.clipped[0] == pytest.approx(2 / len(FEATURES))
+    assert tracker.clipped[0] == pytest.approx(3 / len(FEATURES))
 
 
 def test_a_batch_equals_separate_runs():
@@ -161,7 +168,7 @@ def test_state_round_trip(before, after):
         assert np.array_equal(restored(signals), original(signals))
 
 
-@pytest.mark.parametrize("signal", ["learning_rate", "grad_norm", "tokens_per_second", "weight_rms"])
+@pytest.mark.parametrize("signal", ["learning_rate", "grad_norm", "tokens_per_second", "step_seconds", "weight_rms"])
 def test_what_identifies_the_size_of_a_task_does_not_show(signal):
     rng = np.random.default_rng(6)
     small, large = FeatureTracker(2, 100), FeatureTracker(2, 100)

@@ -80,7 +80,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(name, every, cut
         if controller.decide_every is not None:
             controller.decide_every = every
         authority = Authority(lr_scale=(1e-3, 100.0), max_rollbacks=2, snapshot_every=5)
-        # No tokens are observed: a throughput is no property of the run's state.
         governor = Governor(optimizer, controller, total_steps=30, decide_every=every, authority=authority, seed=2)
         return model, optimizer, governor
 

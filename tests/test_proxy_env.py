@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lbw_rl.envs  # noqa: F401 (registers the ids)
-from lbw_rl.action import log_interpolate
+from lbw_rl.action import Action, Directive, log_interpolate
 from lbw_rl.authority import Authority
 from lbw_rl.envs.fleet import FleetShape
 from lbw_rl.envs.held_out_gain import DIVERGED_DECISIONS, DivergenceWatch, HeldOutGain
@@ -41,6 +41,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
     yield
     torch.set_num_threads(threads)
+
+
+FEATURE_NAMES = list(FEATURES)
 
 
 def make(num_envs: int = 4, **arguments: Any) -> ProxyTrainingVectorEnv:
@@ -140,14 +143,15 @@ def test_divergence_needs_patience_or_a_broken_loss() -> None:
     assert watch(train, np.ones(3), initial).tolist() == [False, True, False]
 
 
-def test_an_early_end_settles_what_the_base_run_still_reaches() -> None:
-    env = make(2, horizon=(14, 14))
+@pytest.mark.parametrize("rule", [None, "lbw-guard"])
+def test_an_early_end_settles_what_the_base_run_still_reaches(rule: str | None) -> None:
+    env = make(2, horizon=(14, 14), rule=rule)
     env.reset(seed=0, options={"tasks": sample_tasks(np.random.default_rng(0), 2, horizon=(14, 14), well_tuned=1.0)})
     neutral = np.zeros((2, 2), dtype=np.float32)
     env.step(neutral)
     assert env._base is not None
     initial, base = env._gain.initial.copy(), env._base.left_alone([0, 1])
-    env._governed.fleet.weights.data[1] = np.nan
+    env._governed.runs.fleet.weights.data[1] = np.nan
     _, _, terminated, truncated, info = env.step(neutral)
     assert terminated.tolist() == [False, True]
     assert not truncated.any()
@@ -157,6 +161,53 @@ def test_an_early_end_settles_what_the_base_run_still_reaches() -> None:
         _, more, _, truncated, _ = env.step(neutral)
         assert more[0] == 0.0  # the other run never notices
     assert truncated[0]
+
+
+# -- actions relative to a rule ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["lbw-guard", "pid"])
+def test_zero_leaves_a_run_to_the_rule(rule: str) -> None:
+    env = make(6, rule=rule)
+    env.reset(seed=3)
+    scales = set()
+    for _ in range(12):
+        _, rewards, _, _, info = env.step(np.zeros((6, 2), dtype=np.float32))
+        assert not rewards.any()
+        scales.update(info["lr_scale"])
+    assert len(scales) > 12  # the rule does act
+
+
+def test_an_action_multiplies_what_the_rule_proposes_and_its_loop_takes_the_multiple_for_its_own() -> None:
+    """Twice the scale gives twice the update at once, and the rule goes on proposing what it would have."""
+    tasks = sample_tasks(np.random.default_rng(1), 2, horizon=(14, 14), lr_error=(1.0, 1.0))
+    for field in ("seed", "lr", "schedule", "warmup", "beta1", "beta2", "weight_decay", "clip", "corpus"):
+        getattr(tasks, field)[1] = getattr(tasks, field)[0]
+    env = make(2, horizon=(14, 14), rule="lbw-guard", decide_every=1)
+    env.reset(seed=0, options={"tasks": tasks})
+    for _ in range(3):
+        env.step(np.zeros((2, 2), dtype=np.float32))
+    observed, _, _, _, info = env.step(np.array([[0, 0], [1, 0]], dtype=np.float32))
+    assert info["lr_scale"][1] == pytest.approx(2 * info["lr_scale"][0])
+    ratio = info["telemetry"]["update_ratio"]
+    assert ratio[1] == pytest.approx(2 * ratio[0], rel=1e-3)
+    assert observed[:, FEATURE_NAMES.index("lr_scale")] == pytest.approx([0.0, math.log10(2)])
+    proposals = [p.lr_scale for p in env._governed._proposals]
+    assert proposals[1] == pytest.approx(proposals[0], rel=0.05)
+
+
+def test_an_update_that_the_rule_skips_leaves_no_trace() -> None:
+    env = make(3, horizon=(14, 14), rule="lbw-guard", decide_every=1)
+    env.reset(seed=0)
+    runs = env._governed.runs
+    env._governed._proposals[1] = Action(directive=Directive.SKIP)
+    before = [buffer[1].clone() for buffer in runs.fleet._buffers()]
+    env.step(np.ones((3, 2), dtype=np.float32))
+    weights, _, mean, square = runs.fleet._buffers()
+    for now, then in zip((weights, mean, square), (before[0], before[2], before[3]), strict=True):
+        assert torch.equal(now[1], then)
+    assert runs.fleet.optimizer.steps.tolist() == [1, 0, 1]
+    assert runs.step.tolist() == [1, 1, 1]
 
 
 # -- the Gymnasium contract --------------------------------------------------------------------------

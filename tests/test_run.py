@@ -297,8 +297,8 @@ class Interruption(Exception):
 
 
 @pytest.mark.parametrize("name", ["constant", "pid", "entropic", "lbw-guard", "random", "policy", "slow policy"])
-def test_every_controller_resumes_where_it_stopped(name, recipe, tmp_path, clockless_policy):
-    folder = {"policy": clockless_policy(1), "slow policy": clockless_policy(3)}.get(name)
+def test_every_controller_resumes_where_it_stopped(name, recipe, tmp_path, deviceless_policy):
+    folder = {"policy": deviceless_policy(1), "slow policy": deviceless_policy(3)}.get(name)
     chosen = recipe(f"controller.name={folder or name}", *LONG, "train.accumulation=2", "authority.max_rollbacks=3")
 
     def interrupt(done: int, total: int, loss: float) -> None:
@@ -315,8 +315,8 @@ def test_every_controller_resumes_where_it_stopped(name, recipe, tmp_path, clock
 
 
 @pytest.fixture
-def clockless_policy(tmp_path, policy_folder):
-    """Makes frozen policies that do not look at the clock or at the machine's load."""
+def deviceless_policy(tmp_path, policy_folder):
+    """Makes frozen policies that do not look at the load of the machine."""
     import numpy as np
 
     from lbw_rl import FEATURES
@@ -325,11 +325,11 @@ def clockless_policy(tmp_path, policy_folder):
     def make(decide_every: int) -> Path:
         policy = load_policy(policy_folder)
         (weight, bias), *rest = policy.layers
-        clock = [i for i, name in enumerate(FEATURES) if name == "throughput" or name.startswith("gpu_")]
+        device = [i for i, name in enumerate(FEATURES) if name.startswith("gpu_")]
         weight = weight.copy()
-        weight[:, clock] = 0.0
+        weight[:, device] = 0.0
         std = np.ones(len(FEATURES))
-        std[clock] = 100.0  # nor does a busy machine make it hand over to the rule
+        std[device] = 100.0  # nor does a busy machine make it hand over to the rule
         return save_policy(
             tmp_path / f"policy-{decide_every}",
             [(weight, bias), *rest],

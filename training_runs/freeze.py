@@ -29,6 +29,7 @@ def train_and_freeze(
     *,
     decisions: int,
     seed: int = 0,
+    rule: str | None = None,
     resume: bool = False,
     meter: Meter | None = None,
     settings: PPOSettings | None = None,
@@ -40,6 +41,7 @@ def train_and_freeze(
         out: the policy's folder; the learning curve goes there too, and the untrained control into `untrained/`.
         decisions: decisions to learn from; at least 1.
         seed: of network, tasks and exploration.
+        rule: name of a rule-based controller whose scales the policy multiplies; None for scales of its own.
         resume: go on from an earlier attempt's checkpoint; a finished policy is returned as it is.
         meter: shows decisions, return, clip fraction and entropy.
         settings: PPO settings other than the default.
@@ -55,11 +57,11 @@ def train_and_freeze(
     folder = prepare_output(out, resume)
     if (folder / HEADER_FILE).exists():
         provenance = load_policy(folder).header.provenance
-        if provenance["seed"] == seed and provenance["decisions"] == decisions:
+        if (provenance["seed"], provenance["decisions"], provenance["rule"]) == (seed, decisions, rule):
             return _outcome(provenance)
         raise ValueError(
-            f"out: {folder} holds a policy of seed {provenance['seed']} and {provenance['decisions']} decisions; "
-            "accepted: the same --seed and --decisions, or another --out"
+            f"out: {folder} holds a policy of seed {provenance['seed']}, {provenance['decisions']} decisions and rule "
+            f"{provenance['rule']}; accepted: the same --seed, --decisions and --rule, or another --out"
         )
 
     def show(record: dict[str, float]) -> None:
@@ -67,14 +69,14 @@ def train_and_freeze(
             note = "return {return_mean:+.2f} clip {clip_fraction:.0%} entropy {entropy:+.2f}".format(**record)
             meter.update(min(decisions, int(record["decisions"])), decisions, note)
 
-    result = train(decisions, seed, folder, show, settings=settings, resume=resume)
+    result = train(decisions, seed, folder, show, settings=settings, rule=rule, resume=resume)
     contenders: dict[str, Act] = {
         "trained": _on_raw(result, result.actor),
         "untrained": _on_raw(result, result.untrained),
         "random": uniform(seed),
         "neutral": neutral,
     }
-    options: dict[str, Any] = {"authority": result.authority, "decide_every": result.decide_every}
+    options: dict[str, Any] = {"authority": result.authority, "decide_every": result.decide_every, "rule": rule}
     judged = {name: evaluate_actor(act, proxies, **options).summary() for name, act in contenders.items()}
     provenance = {**result.provenance, "trained_on_decisions": result.decisions, "proxy_evaluation": judged}
     _freeze(folder / UNTRAINED, result, result.untrained, {**provenance, "trained_on_decisions": 0})
@@ -112,6 +114,7 @@ def _freeze(folder: Path, result: TrainingResult, actor: Actor, provenance: dict
         decide_every=result.decide_every,
         provenance=provenance,
         card=_card(provenance),
+        rule=provenance["rule"],
     )
 
 
@@ -120,10 +123,12 @@ def _card(provenance: dict[str, Any]) -> str:
         f"| {name} | {s['gain']:+.3f} ± {s['standard_error']:.3f} | {s['diverged']:.1%} |"
         for name, s in provenance["proxy_evaluation"].items()
     )
+    rule = provenance["rule"]
+    relative = f", as multiples of those of `{rule}`" if rule else ""
     return f"""# Frozen controller policy
 
 **What it is.** A small tanh network that reads the feature vector (schema {provenance["feature_schema"]}) of a training run every
-{provenance["decide_every"]} optimizer steps and proposes a learning-rate scale and a momentum scale. Learned with PPO on proxy runs.
+{provenance["decide_every"]} optimizer steps and proposes a learning-rate scale and a momentum scale{relative}. Learned with PPO on proxy runs.
 
 **Intended use.** `Governor(optimizer, controller="THIS FOLDER", total_steps=…)`, inside whatever authority you give
 it, on runs of a language model under AdamW. Features far from its training data are counted, and past the rate in
@@ -135,7 +140,7 @@ it, on runs of a language model under AdamW. Features far from its training data
 {json.dumps(provenance["tasks"], indent=1)}
 ```
 
-**Results on fresh proxies** (final held-out gain over the same-seed base run, nats per token, mean ± standard error):
+**Results on fresh proxies** (final held-out gain over the same-seed base run{f" under `{rule}` alone" if rule else ""}, nats per token, mean ± standard error):
 
 | policy | gain | diverged |
 |---|---|---|

@@ -68,6 +68,7 @@ def train(
     settings: PPOSettings | None = None,
     authority: Authority = DEFAULT_AUTHORITY,
     decide_every: int = 2,
+    rule: str | None = None,
     environment: Mapping[str, Any] | None = None,
     resume: bool = False,
 ) -> TrainingResult:
@@ -82,6 +83,8 @@ def train(
         settings: of PPO.
         authority: bounds on the actions.
         decide_every: optimizer steps per decision.
+        rule: name of the controller that actions are relative to; base runs under it then accompany the proxies, since
+            what its multiples gain is small beside what sets one task apart from another.
         environment: further arguments of `ProxyTrainingVectorEnv`.
         resume: go on from the checkpoint in `out`, if there is one.
 
@@ -101,14 +104,15 @@ def train(
                 settings.num_envs // settings.fleets,
                 authority=authority,
                 decide_every=decide_every,
-                base_run=settings.base_run,
+                base_run=settings.base_run or rule is not None,
+                rule=rule,
                 **extra,
             )
             for _ in range(settings.fleets)
         ]
     )
     try:
-        provenance = _provenance(decisions, seed, settings, authority, decide_every, extra)
+        provenance = _provenance(decisions, seed, settings, authority, decide_every, rule, extra)
         session = PPOSession(env, decisions, seed, out, settings, provenance, progress)
         if resume:
             session.resume()
@@ -138,7 +142,13 @@ def _result(session: PPOSession, authority: Authority, decide_every: int) -> Tra
 
 
 def _provenance(
-    decisions: int, seed: int, settings: PPOSettings, authority: Authority, decide_every: int, extra: dict[str, Any]
+    decisions: int,
+    seed: int,
+    settings: PPOSettings,
+    authority: Authority,
+    decide_every: int,
+    rule: str | None,
+    extra: dict[str, Any],
 ) -> dict[str, Any]:
     from lbw_rl import __version__
     from lbw_rl.envs import tasks
@@ -149,6 +159,7 @@ def _provenance(
         "seed": seed,
         "decisions": decisions,
         "decide_every": decide_every,
+        "rule": rule,
         "authority": authority.model_dump(),
         "feature_schema": FEATURE_SCHEMA,
         "settings": asdict(settings),

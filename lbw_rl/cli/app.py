@@ -63,6 +63,13 @@ def train_policy(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder of the frozen policy.")],
     decisions: Annotated[int, typer.Option(help="Decisions to learn from, over all proxies.", min=1)] = 60_000,
     seed: Annotated[int, typer.Option(help="Seed of network, tasks and exploration.", min=0)] = 0,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="Rule-based controller whose scales the policy multiplies, by up to 2 either way; default: none, the "
+            "policy sets its scales within the authority itself."
+        ),
+    ] = None,
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
@@ -70,7 +77,7 @@ def train_policy(
     from lbw_rl.training_runs.freeze import train_and_freeze
 
     with meter("training policy") as m:
-        result = train_and_freeze(out_dir, decisions=decisions, seed=seed, resume=resume, meter=m)
+        result = train_and_freeze(out_dir, decisions=decisions, seed=seed, rule=rule, resume=resume, meter=m)
     if as_json:
         emit_json(result)
     else:
@@ -340,7 +347,7 @@ def inspect(
         f"{folder}: {parameters:,} parameters, hidden {header.hidden_sizes}, decides every {header.decide_every} steps"
     )
     out.print(f"authority: lr_scale {header.authority.lr_scale}, momentum_scale {header.authority.momentum_scale}")
-    out.print(f"actions: {header.action_mapping}")
+    out.print(f"actions: relative to {header.relative_to}")
     out.print(
         f"fallback: {header.fallback.controller} past {header.fallback.rate:.0%} unfamiliar decisions of {header.fallback.window}"
     )

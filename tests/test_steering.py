@@ -1,0 +1,122 @@
+"""A policy that multiplies a rule's scales: zero is the rule, the reach bounds it, and the base rate does not show."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from governed_runs import WIDE, train_mlp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lbw_rl import FEATURES, Action, Authority, Context, Governor, Telemetry, load_controller
+from lbw_rl.action import Directive
+from lbw_rl.json_state import from_json, to_json
+from lbw_rl.policy import PolicyError, save_policy
+from lbw_rl.steering import REACH, relative, steered
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1e-3, 1e3), st.tuples(st.floats(-9, 9), st.floats(-9, 9)))
+def test_no_position_leaves_the_reach_about_the_rule(lr, momentum, unit):
+    action = steered(Action(lr_scale=lr, momentum_scale=momentum), unit)
+    assert lr / REACH[0] * (1 - 1e-12) <= action.lr_scale <= lr * REACH[0] * (1 + 1e-12)
+    assert momentum / REACH[1] * (1 - 1e-12) <= action.momentum_scale <= momentum * REACH[1] * (1 + 1e-12)
+
+
+def test_the_ends_are_the_reach_and_the_middle_is_the_rule():
+    rule = Action(lr_scale=0.3, momentum_scale=0.5, regime="steady", evidence={"target": 1.0})
+    assert steered(rule, (0.0, 0.0)) == rule
+    assert steered(rule, (1.0, -1.0)).lr_scale == pytest.approx(0.6)
+    assert steered(rule, (1.0, -1.0)).momentum_scale == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("directive", [Directive.SKIP, Directive.ROLLBACK])
+def test_what_the_rule_refuses_is_refused(directive):
+    rule = Action(lr_scale=0.3, directive=directive, regime="bad-batch")
+    assert steered(rule, (1.0, 1.0)) is rule
+
+
+def test_the_last_scale_is_seen_in_units_of_the_proposal():
+    seen = relative({"lr_scale": np.array([6.0, 3.0]), "loss": np.array([1.0, 2.0])}, np.array([3.0, math.nan]))
+    assert seen["lr_scale"][0] == 2.0
+    assert math.isnan(seen["lr_scale"][1])
+    assert seen["loss"].tolist() == [1.0, 2.0]
+
+
+def frozen(folder, bias, weights=0.0, rule="lbw-guard"):
+    """A policy whose outputs are `bias` plus `weights` times a random mixture of its features."""
+    mixture = np.random.default_rng(0).normal(size=(2, len(FEATURES))).astype(np.float32) / math.sqrt(len(FEATURES))
+    return save_policy(
+        folder,
+        [(np.float32(weights) * mixture, np.array(bias, np.float32))],
+        mean=np.zeros(len(FEATURES)),
+        std=np.full(len(FEATURES), 10.0),  # nothing is unfamiliar
+        authority=Authority(),
+        decide_every=1,
+        provenance={"rule": rule},
+        card="# Card",
+        rule=rule,
+    )
+
+
+def governed(controller, lr=1e-3, steps=40):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    with Governor(optimizer, controller, authority=WIDE, total_steps=steps, measure_device=False) as governor:
+        train_mlp(model, optimizer, governor, steps)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_a_policy_of_zeros_is_the_rule_in_every_bit(tmp_path):
+    zeros = governed(str(frozen(tmp_path / "zeros", (0.0, 0.0))))
+    for ours, rule in zip(zeros, governed("lbw-guard"), strict=True):
+        assert torch.equal(ours, rule)
+
+
+def test_the_base_rate_does_not_show_in_what_it_decides(tmp_path):
+    """Through a policy that does depend on its features: from rates thirty times apart the runs end at the same weights."""
+    folder = str(frozen(tmp_path / "mixed", (0.3, 0.0), weights=5.0))
+    one, other, alone = governed(folder, lr=3e-3), governed(folder, lr=9e-2), governed("lbw-guard", lr=3e-3)
+    for a, b, rule in zip(one, other, alone, strict=True):
+        assert torch.allclose(a, b, atol=2e-3)
+        assert not torch.allclose(a, rule, atol=2e-3)
+
+
+def test_a_restored_policy_goes_on_as_if_nothing_had_happened(tmp_path):
+    folder = str(frozen(tmp_path / "mixed", (0.3, 0.0), weights=5.0))
+    one, other = load_controller(folder), load_controller(folder)
+    for controller in (one, other):
+        controller.reset(Context(total_steps=100, weights=1000, momentum=0.9))
+    rng = np.random.default_rng(0)
+
+    def telemetry(step):
+        signals = {"loss": 3 - step / 100, "grad_norm": rng.uniform(0.5, 2), "update_ratio": 0.01, "weight_rms": 0.02}
+        return Telemetry(
+            step=step, progress=step / 100, learning_rate=1e-3, lr_scale=0.7, momentum_scale=1.0, **signals
+        )
+
+    for step in range(15):
+        one.act(telemetry(step))
+    other.load_state_dict(from_json(to_json(one.state_dict())))
+    for step in range(15, 20):
+        t = telemetry(step)
+        assert one.act(t) == other.act(t)
+
+
+@pytest.mark.parametrize("reach", [(0.5, 1.25), (math.inf, 1.25), (2.0, math.nan)])
+def test_a_reach_below_one_or_without_end_is_refused(tmp_path, reach):
+    folder = frozen(tmp_path / "policy", (0.0, 0.0))
+    header = json.loads((folder / "policy.json").read_text())
+    (folder / "policy.json").write_text(json.dumps(header | {"reach": reach}))
+    with pytest.raises(PolicyError, match=r"reach is .*finite numbers ≥ 1"):
+        load_controller(str(folder))
+
+
+def test_a_policy_steers_the_rule_that_it_falls_back_to_or_none(tmp_path):
+    folder = frozen(tmp_path / "policy", (0.0, 0.0))
+    header = json.loads((folder / "policy.json").read_text())
+    (folder / "policy.json").write_text(json.dumps(header | {"relative_to": "pid"}))
+    with pytest.raises(PolicyError, match="relative_to is 'pid'; accepted: 'schedule', or the fallback's 'lbw-guard'"):
+        load_controller(str(folder))
