@@ -17,7 +17,8 @@ weights walk, relative to their size, if the updates' directions are random. Cho
 STEEPNESS = 20.0
 """Nats of first-order loss change per unit of relative update, ‖g‖·‖w₀‖, up to which a run takes the whole displacement.
 On `mini-qwen2` it does not bind; chosen on wider models and on fine-tuning that no suite holds (docs/LOG.md, 2026-11-27)."""
-_LARGEST_SHARE = 8.0  # of the displacement, for adapters: a gradient that vanishes must not ask for steps without end
+_OF_ADAPTERS = 0.55  # of the steepness: either factor moves the product
+_LARGEST_SHARE = 4.0  # of the displacement, for adapters: a gradient that vanishes must not ask for steps without end
 _UNKNOWN_AVERAGING = (
     5.0  # steps: what the displacement was chosen with; Schedule-Free goes astray with 1, not with 5 or 10
 )
@@ -38,8 +39,8 @@ class UpdateTarget:
       and 20 for SGD, with or without momentum;
     - S = ‖g‖ · ‖w₀‖ (nats), g the gradient and w₀ the weights at the start: the loss change, to first order, of an update as
       large as the weights. A wider, deeper or pretrained model is steeper and takes smaller steps. Factors of low-rank
-      adapters have no size of their own that would mean anything: there it is steepness / S alone (at most 8), with the
-      weights as they are now, so that their size cancels and ‖g‖ · ‖Δw‖ itself is held;
+      adapters have no size of their own that would mean anything: there it is 0.55 · steepness / S alone (at most 4), with
+      the weights as they are now, so that their size cancels and ‖g‖ · ‖Δw‖ itself is held;
     - shape = min(sqrt(1 − p), η/η_max): p the progress, η the scheduled rate and η_max its largest so far, so that an annealing
       that the user asked for is kept, and none comes twice. Without a horizon T = 1000 and the schedule alone.
 
@@ -89,7 +90,7 @@ class UpdateTarget:
         s = self.steepness()
         share = self._steepness / s if s > 0 else math.nan
         if self._low_rank:
-            return min(_LARGEST_SHARE, share) if math.isfinite(share) else 1.0
+            return min(_LARGEST_SHARE, _OF_ADAPTERS * share) if math.isfinite(share) else 1.0
         return min(1.0, share) if math.isfinite(share) else 1.0
 
     def _horizon(self, t: Telemetry) -> float:
