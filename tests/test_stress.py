@@ -336,4 +336,8 @@ def test_bad_input_is_told_in_one_line(lbw):
     assert lbw("stress", "--suite", "maxi").refusal().startswith("suite: 'maxi' is unknown; accepted: mini")
     assert lbw("stress", "--budget", "huge").refusal().startswith("budget: 'huge' is unknown; accepted: quick, full")
     assert lbw("stress", "--backend", "slurm", "--families", "mini-qwen2-150").refusal().startswith("backend: 'slurm'")
-    assert lbw("stress", "--set", "train.seed=1").refusal().startswith("set: train.seed is what the suite varies")
+    assert (
+        lbw("stress", "--set", "train.seed=1")
+        .refusal()
+        .startswith("set: train.seed=1 is for the suite's arms to decide")
+    )
