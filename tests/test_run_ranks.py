@@ -339,6 +339,16 @@ def test_ranks_that_fail_alike_say_it_once_and_others_say_who_they_are(launched,
     assert lbw("run", "mini-qwen2").refusal() == f"WORLD_SIZE: 'two' is no number; {accepted}"
 
 
+def test_a_dry_run_is_printed_by_the_first_rank_alone(launched, lbw, small, monkeypatch):
+    arguments = ("run", "mini-qwen2", *small, "--dry-run", "--tflops", "1")
+    launched(0)
+    assert lbw(*arguments).out.startswith("mini-qwen2: ")
+    assert lbw(*arguments, "--devices", "0").refusal().startswith("devices: 0 is too few")
+    launched(1)
+    assert lbw(*arguments) == (0, "", "")
+    assert lbw(*arguments, "--set", "train.stepz=3").refusal().startswith("rank 1: train.stepz: unknown key")
+
+
 @pytest.mark.slow
 def test_the_command_under_torchrun(tmp_path, small):
     out = tmp_path / "out"
