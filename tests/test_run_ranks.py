@@ -355,7 +355,7 @@ def test_the_command_under_torchrun(tmp_path, small):
     done = torchrun("run", "mini-qwen2", *small, "--set", "train.parallel=fsdp", "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads((out / "summary.json").read_text())  # printed once
-    assert done.stderr.count("mini-qwen2 · constant: 6/6") == 1
+    assert done.stderr.count("mini-qwen2 · constant: 6/6 ") == 1
 
 
 def test_a_bad_recipe_is_told_once_under_torchrun(tmp_path):
