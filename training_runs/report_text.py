@@ -8,6 +8,7 @@ from html import escape
 from statistics import median
 from typing import Any
 
+from lbw_rl.training_runs.code_version import in_words, runs_by_code
 from lbw_rl.training_runs.report_figures import multiplier_label
 from lbw_rl.training_runs.report_tables import Record, multiple, number, ratio, table
 from lbw_rl.training_runs.results import Row
@@ -37,6 +38,17 @@ def verdict(recipe: str, summary: Mapping[str, Any], several: bool) -> str:
         paragraphs.append(f"<p>{opening}{_against(subject, compared)} {_flatness(arms[subject], arms, summary)}</p>")
         opening = ""
     return "".join(paragraphs)
+
+
+def mixed_code(rows: Sequence[Row]) -> str:
+    """A warning where the rows are of several versions of the code; nothing where they are of one."""
+    runs = runs_by_code(rows)
+    if len(runs) == 1:
+        return ""
+    return (
+        f'<p class="note"><strong class="missing">Runs of {len(runs)} versions of the code ({escape(in_words(runs))}): '
+        "what differs between arms may differ between versions.</strong></p>"
+    )
 
 
 def _against(subject: str, compared: Sequence[Record]) -> str:

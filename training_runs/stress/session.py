@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lbw_rl.training_runs.code_version import in_words, runs_by_code, tell_of_other_code
 from lbw_rl.training_runs.folders import prepare_output, write_json
 from lbw_rl.training_runs.grid import Cell, Submit, grid_workers, record_of_corpus, record_of_machine, run_cells
 from lbw_rl.training_runs.results import Results, Row, summarise, write_results
-from lbw_rl.training_runs.run import LEDGER
+from lbw_rl.training_runs.run import LEDGER, SUMMARY
 from lbw_rl.training_runs.stress.conduct import mean_scale
 from lbw_rl.training_runs.stress.measures import measure
 from lbw_rl.training_runs.stress.plan import PLAN, Plan, Setting
@@ -72,6 +73,7 @@ def stress(
     """
     folder = prepare_output(out, resume).resolve()
     plan.keep(folder)
+    tell_of_other_code(folder, SUMMARY)
 
     try:
         with grid_workers(folder, backend, workers or plan.suite.workers) as submit:
@@ -174,7 +176,7 @@ def _findings(plan: Plan, folder: Path, rows: list[Row], tuned: Mapping[str, Any
             }
         )
     missing = [f.name for f in plan.suite.families if f not in plan.families]
-    provenance = record_of_machine(command)
+    provenance = {**record_of_machine(command), "code": in_words(runs_by_code(rows))}
     findings = {
         "schema": 1,
         "suite": plan.suite.name,
