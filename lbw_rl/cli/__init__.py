@@ -49,7 +49,7 @@ def main() -> None:
     except RuntimeError as e:
         if type(e).__name__ != "PeerLostError":  # its module would import torch
             raise
-        code = fail(f"{e}; the same command with --resume goes on from the last checkpoint", code=1)
+        code = fail(f"{e}; the same command with --resume goes on from the last checkpoint", code=1, alike=False)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -27,13 +27,20 @@ err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap
 """Standard error: progress and errors, so that a pipe gets results alone."""
 
 
-def fail(message: str, code: int = 2) -> int:
-    """Prints one line on what is wrong and returns the exit code. Ranks that fail alike print it once."""
+def fail(message: str, code: int = 2, alike: bool = True) -> int:
+    """Prints one line on what is wrong and returns the exit code.
+
+    Args:
+        message: the line.
+        code: the exit code.
+        alike: whether the other ranks may have the same to say: then it is printed once, for which they wait for the first.
+    """
     message = " ".join(message.split())
-    line = launch.wording(message)
+    line = launch.wording(message) if alike else message
     if line is not None:
         print(f"lbw-rl: {line}", file=sys.stderr, flush=True)
-    launch.said(message)
+    if alike:
+        launch.said(message)
     return code
 
 
