@@ -325,8 +325,13 @@ def _save_model(task: TrainingTask, folder: Path) -> None:
     temporary = folder / (MODEL + ".tmp")
     if task.ranks.leads:
         shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was killed while it wrote
-    task.ranks.together(lambda: task.save_pretrained(temporary))
-    task.ranks.first(lambda: replace_folder(temporary, folder / MODEL))
+    try:
+        task.ranks.together(lambda: task.save_pretrained(temporary))
+        task.ranks.first(lambda: replace_folder(temporary, folder / MODEL))
+    except OSError:
+        if task.ranks.leads:  # half a model helps nobody, and its room may
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _finite(value: float) -> float | None:
