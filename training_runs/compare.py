@@ -27,6 +27,7 @@ from lbw_rl.training_runs.grid import (
 from lbw_rl.training_runs.results import Results, Row, write_results
 from lbw_rl.training_runs.run import METRICS, SUMMARY
 from lbw_rl.training_runs.summary import default_reference, summarise
+from lbw_rl.training_runs.whole_record import lacking_lines, tell_of_lacking_lines
 from lbw_rl.training_runs.workers import Backend
 
 __all__ = ["Arm", "Backend", "Cell", "Progress", "compare", "parse_arms", "parse_multiplier", "provenance"]
@@ -90,7 +91,9 @@ def compare(
     with grid_workers(folder, backend, workers, len(cells)) as submit:
         rows = run_cells(cells, folder, submit, progress)
     ordered = _with_targets([rows[cell.folder] for cell in cells], folder)
-    summary = summarise(ordered, default_reference(ordered))
+    lacking = lacking_lines(folder, ordered)
+    tell_of_lacking_lines(lacking)
+    summary = {**summarise(ordered, default_reference(ordered)), "lacking": lacking}
     results = Results(rows=ordered, summary={**summary, "provenance": provenance(recipe, folder, ordered, command)})
     write_results(folder, results)
     return results

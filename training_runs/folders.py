@@ -117,10 +117,10 @@ class JsonLines:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSONL file; stops at a line torn by a kill. A missing file has none."""
+    """The records of a JSONL file; stops at a line that is none, torn by a kill. A missing file has none."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             yield json.loads(line)
         except json.JSONDecodeError:

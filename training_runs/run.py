@@ -305,6 +305,7 @@ def _summarise(task: TrainingTask, governor: Governor, record: _Record, failures
         "overhead_seconds": governance["overhead_seconds"],
         "skips": governance["skips"],
         "rollbacks": governance["rollbacks"],
+        "decisions": governance["decisions"],
         "interventions": governance["interventions"],
         "steps_to_target": None,
         "checkpoint_failures": failures,

@@ -102,7 +102,7 @@ class Plan:
             family: whose.
             tuned: what the search found; None stands the recipe's own in, where it is not searched for or not yet known.
             scales: contender → mean scale by decision, for those that replay it. Without it the contenders that
-                replay are left out, with it all others are.
+                replay are left out, with it all others are, and those that replay one who is not in it.
             seeds: the budget's by default.
         """
         base = self.recipes[family.name]
@@ -113,6 +113,8 @@ class Plan:
                         continue
                     values = [f"train.lr_multiplier={float(multiplier)!r}", f"train.seed={seed}"]
                     if contender.replays is not None and scales is not None:
+                        if contender.replays not in scales:
+                            continue
                         values.append(f"controller.options.scales={list(scales[contender.replays])!r}")
                     yield _cell(contender.arm, _based(base, contender, tuned), values)
 
