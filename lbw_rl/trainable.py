@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lbw_rl.momentum import momentum_of
+from lbw_rl.momentum import scheduled_momentum
 
 _COMPRESSION = 3
 """Elements of the products for each one of the factors: r = d / 6 for a square layer. A feed-forward block (d → 4d → d) has 2."""
@@ -21,8 +21,7 @@ class Trainable:
         low_rank: whether most of them are in the factors of low-rank adapters (LoRA, Hu et al. 2106.09685), whose own size
             says nothing about that of the weights which they correct. Embeddings that are trained beside adapters are
             usually the larger part, and do have a size.
-        momentum: β1 or momentum of the first parameter group; 0 where the group has neither, None where what it has is not to
-            be read as one (`momentum_of`).
+        momentum: β1 or momentum of the first parameter group, at the start; see `scheduled_momentum`.
     """
 
     weights: int
@@ -34,13 +33,10 @@ def trainable(optimizer: torch.optim.Optimizer) -> Trainable:
     """Reads the shapes, never the values, of what `optimizer` trains."""
     present = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()]
     matrices = [p for p in present if p.ndim >= 2]
-    group = optimizer.param_groups[0] if optimizer.param_groups else {}
-    found = momentum_of(group)
-    without = all(group.get(key) is None for key in ("betas", "momentum"))
     return Trainable(
         weights=sum(p.numel() for p in matrices or present),
         low_rank=_are_factors([(p.shape[0], p.numel() // p.shape[0]) for p in matrices]),
-        momentum=found[1] if found is not None else 0.0 if without else None,
+        momentum=scheduled_momentum(optimizer.param_groups[0] if optimizer.param_groups else {}),
     )
 
 
