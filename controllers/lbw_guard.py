@@ -95,6 +95,8 @@ class LBWGuard(Controller):
         """Names the regime, updates the baselines with what is healthy, and asks for the set-point's rate."""
         t = telemetry
         self._plant.observe(t)
+        if 0 <= t.momentum < 1:  # a schedule may move it
+            self._momentum_scale = shorter_momentum(t.momentum, self.momentum_steps)
         if t.nonfinite == 1:  # NaN: no gradient was there to judge
             return self._skip("non-finite", {"nonfinite": 1.0})
         if self._is_burst(t.grad_norm):

@@ -15,12 +15,18 @@ import torch.distributed as dist
 
 from lbw_rl import launch
 from lbw_rl.envs.recipe import Recipe, RecipeError
-from lbw_rl.exchange import PeerLostError
+from lbw_rl.exchange import PeerLostError, reason_of
 
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=30)
 """Of a silent rank; one that has died is noticed at once. The first rank may read, tokenise and save for minutes."""
+
+_OF_A_LOST_RANK = (
+    *("gloo/transport", "Connection reset by peer", "Connection closed by peer"),
+    "remote process exited",  # nccl
+)
+"""What errors of DDP's and FSDP's own collectives say of a rank that is gone or silent; they have no type of their own."""
 
 _GROUPS = itertools.count()
 
@@ -159,10 +165,13 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise PeerLostError(
-                f"rank {self.rank} of {self.world} stops, since another one is gone ({reason})"
-            ) from error
+            raise self.lost(error) from error
+
+    def lost(self, error: Exception) -> PeerLostError:
+        """What this rank says when a collective failed for want of another one."""
+        return PeerLostError(
+            f"rank {self.rank} of {self.world} stops, since another one is gone, or was silent for too long ({reason_of(error)})"
+        )
 
 
 ALONE = Ranks()
@@ -181,6 +190,7 @@ def joined(device: str) -> Iterator[Ranks]:
     Raises:
         ValueError: the launcher's variables are damaged.
         RuntimeError: the others do not come.
+        PeerLostError: the block failed in a collective for want of another rank.
     """
     if not dist.is_available() or (launch.world_size() == 1 and not dist.is_initialized()):
         yield ALONE
@@ -198,10 +208,13 @@ def joined(device: str) -> Iterator[Ranks]:
     # Meshes outlive the run in caches of torch's, and with them the default group: were it the one that the last words are
     # exchanged on, a thread of gloo could still be at them when the interpreter ends, which aborts it.
     talk = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), launch.local_rank(), talk)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), launch.local_rank(), talk)
-    except RuntimeError:
+        yield ranks
+    except RuntimeError as error:
         # A rank is gone, or about to go: giving the groups up could wait for it, and hide the reason meanwhile.
+        if not isinstance(error, PeerLostError) and any(words in str(error) for words in _OF_A_LOST_RANK):
+            raise ranks.lost(error) from error
         raise
     except BaseException:
         _give_up(talk, own)

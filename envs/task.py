@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from lbw_rl.envs.adapters import frozen_digest, has_adapters, load_trained_state, trained_state
 from lbw_rl.envs.clipping import build_clipping
@@ -176,11 +179,19 @@ class TrainingTask:
         """Writes model and tokenizer as a folder that `model.path` (with `data.tokenizer = "model"`) accepts.
 
         Of LoRA the adapters alone; the folder names the model that they go with. All ranks call it; the first one writes.
+
+        Raises:
+            OSError: the disk is full or gone; the folder may hold part of the model.
         """
         with evaluation_weights(self.optimizer):
             weights = whole_weights(trained_state(self.model), self.model, self.ranks) if self.sharded else None
             if self.ranks.leads:
-                self._write(folder, weights)
+                try:
+                    self._write(folder, weights)
+                except SafetensorError as e:  # has the system's error in its words alone
+                    if (found := re.search(r"\(os error (\d+)\)", str(e))) is None:
+                        raise
+                    raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from e
 
     def _write(self, folder: str | Path, weights: dict[str, Any] | None) -> None:
         transformers = hf_package("transformers", "saving a model")

@@ -23,7 +23,7 @@ class Context:
         seed: for controllers that draw random numbers.
         groups: names of the optimizer's parameter groups, in the order of `Action.group_lr_scales`.
         weights: elements of all trainable matrices, `None` if unknown.
-        low_rank: whether they are the factors of low-rank adapters.
+        low_rank: whether most of those are in the factors of low-rank adapters.
         momentum: β1 or momentum that the optimizer was set to, 0 if it has none, `None` if that is not known.
         normalised: whether the optimizer sizes its updates itself, as Adam does; false where they are as uneven over the
             weights as the gradient is, as those of SGD.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,12 @@ Vector = NDArray[np.float32]
 
 class PeerLostError(RuntimeError):
     """A rank did not take part in a collective: the run cannot go on, whoever governs it."""
+
+
+def reason_of(error: Exception) -> str:
+    """What a backend says of a lost rank, on one line: without gloo's source file before it, and its advice behind it."""
+    text = " ".join(str(error).split())
+    return re.sub(r"^\[\S+:\d+\] ", "", text).partition(". This is typically")[0][:200]
 
 
 class Exchange:
@@ -85,10 +92,9 @@ class Exchange:
         return joined[: table.size].reshape(table.shape), joined[table.size :]
 
     def _lost(self, when: str, error: Exception) -> PeerLostError:
-        reason = " ".join(str(error).split())[:200]
         return PeerLostError(
             f"governance at {when}: a rank is gone, or was silent for {self.timeout:g} s; rank {self.rank} of "
-            f"{self.world} stops here, since ranks that decide apart drift apart ({reason})"
+            f"{self.world} stops here, since ranks that decide apart drift apart ({reason_of(error)})"
         )
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -32,6 +33,46 @@ def sync_files(folder: Path) -> None:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     sync_folder(folder)
+
+
+class WholeLines:
+    """A file that grows by whole lines: what the disk does not take of one does not stay there either.
+
+    Nothing waits in memory, where a kill would take it, and where later lines would be written behind half of an earlier one.
+
+    Args:
+        path: continued if it exists.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, line: bytes) -> None:
+        """Writes a line, its end included.
+
+        Raises:
+            OSError: the disk is full or gone; the file is as it was.
+        """
+        written = self._file.write(line) or 0
+        if written < len(line):
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._file.tell() - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def sync(self) -> None:
+        """Puts on disk what has been written so far.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -25,6 +25,7 @@ from lbw_rl.execution import Execution
 from lbw_rl.last_good import LastGood
 from lbw_rl.ledger import ledger_of_rank
 from lbw_rl.measurement import Measured, Measurement
+from lbw_rl.momentum import scheduled_momentum
 from lbw_rl.recorder import Recorder, brief, run_header, unbrief
 from lbw_rl.registry import load_controller
 from lbw_rl.sgd_rate import SgdRate, rate_on_host
@@ -336,10 +337,12 @@ class Governor:
         if self._measurement is None:
             return Measured(Telemetry())
         total = self.context.total_steps
+        momentum = scheduled_momentum(self.optimizer.param_groups[0])
         known = {
             "step": float(self.step),
             "progress": min(1.0, self.step / total) if total else NAN,
             "learning_rate": rate_on_host(self.optimizer.param_groups[0]),  # else the probe brings it along
+            "momentum": NAN if momentum is None else momentum,
             "lr_scale": self.executed.lr_scale,
             "momentum_scale": self.executed.momentum_scale,
         }

@@ -8,9 +8,9 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from lbw_rl.files import replace_file
+from lbw_rl.files import WholeLines, replace_file
 
 LEDGER_SCHEMA = 1
 _FIRST_BYTES = b'{"type":'
@@ -71,15 +71,16 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _refuse_another_file(self.path)
         _cut_torn_line(self.path)
-        self._file: TextIO = self.path.open("a", buffering=1, encoding="utf-8")
+        self._lines = WholeLines(self.path)
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         """Appends one record of the given kind.
 
         Raises:
-            OSError: the disk is full or gone; the caller decides whether the run goes on without a ledger.
+            OSError: the disk is full or gone; the caller decides whether the run goes on without the line.
         """
-        self._file.write(json.dumps({"type": kind, **_clean(record)}, separators=(",", ":"), default=_number) + "\n")
+        line = json.dumps({"type": kind, **_clean(record)}, separators=(",", ":"), default=_number)
+        self._lines.append(line.encode() + b"\n")
 
     def flush(self) -> None:
         """Brings what is written to the disk.
@@ -87,12 +88,11 @@ class Ledger:
         Raises:
             OSError: as `write`.
         """
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._lines.sync()
 
     def close(self) -> None:
-        """Flushes and closes the file."""
-        self._file.close()
+        """Closes the file."""
+        self._lines.close()
 
 
 def ledger_of_rank(ledger: str | Path | None, rank: int) -> Path | None:

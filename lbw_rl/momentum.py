@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
+
 
 def momentum_of(group: Mapping[str, Any]) -> tuple[Literal["betas", "momentum"], float] | None:
     """The key of a parameter group's momentum and its value in [0, 1); None where there is none that is usable.
@@ -23,3 +25,18 @@ def momentum_of(group: Mapping[str, Any]) -> tuple[Literal["betas", "momentum"],
     except (TypeError, ValueError, IndexError, RuntimeError):  # some optimizers write None for "no momentum"
         return None
     return (key, value) if math.isfinite(value) and 0 <= value < 1 else None
+
+
+def scheduled_momentum(group: Mapping[str, Any]) -> float | None:
+    """The value of `momentum_of`, 0 where a group has neither key; None where there is none to be read without waiting.
+
+    A schedule may move it from step to step, as torch's OneCycleLR does.
+    """
+    held = [group[key] for key in ("betas", "momentum") if group.get(key) is not None]
+    if not held:
+        return 0.0
+    first = held[0][0] if isinstance(held[0], tuple | list) and held[0] else held[0]
+    if isinstance(first, torch.Tensor) and first.device.type != "cpu":
+        return None
+    found = momentum_of(group)
+    return found[1] if found is not None else None

@@ -154,7 +154,7 @@ class Recorder:
             return
         try:
             self._ledger.close()
-        except OSError as e:  # a line that the disk did not take is still in the buffer
+        except OSError as e:  # some network disks say only now that they have failed
             self.fault("ledger", e, step)
         self._ledger = None
 

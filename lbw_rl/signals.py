@@ -51,6 +51,13 @@ class Telemetry:
         "optimizer",
         "scheduled learning rate of the first parameter group, before the governor's scale",
     )
+    momentum: float = _signal(
+        "1",
+        0,
+        1,
+        "optimizer",
+        "scheduled β1 or momentum of the first parameter group, before the governor's scale; 0 without any, NaN where it is not known",
+    )
     lr_scale: float = _signal("1", 0, INF, "governor", "learning-rate scale executed at the previous step")
     momentum_scale: float = _signal(
         "1", 0, INF, "governor", "momentum scale (of the averaging horizon) executed at the previous step"

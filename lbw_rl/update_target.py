@@ -96,10 +96,11 @@ class UpdateTarget:
     def _horizon(self, t: Telemetry) -> float:
         if not self._normalised:
             return _PLAIN_AVERAGING
-        if self._momentum is None:
+        momentum = t.momentum if 0 <= t.momentum < 1 else self._momentum  # a schedule may move it
+        if momentum is None:
             return _UNKNOWN_AVERAGING
         scale = t.momentum_scale if t.momentum_scale > 0 else 1.0
-        return max(1.0, scale / (1.0 - self._momentum))
+        return max(1.0, scale / (1.0 - momentum))
 
     def _shape(self, t: Telemetry) -> float:
         if not t.learning_rate > 0:

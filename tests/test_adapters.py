@@ -225,4 +225,6 @@ def test_a_governor_sees_a_finite_ratio_from_the_first_step_on(settings, tmp_pat
     ratios = [d["telemetry"]["update_ratio"] for d in decisions[1:]]
     assert len(ratios) == 5
     assert all(r is not None and math.isfinite(r) and 0 < r < 1 for r in ratios)
+    (header,) = [line for line in read_ledger(tmp_path / "out/ledger.jsonl") if line["type"] == "header"]
+    assert header["context"]["low_rank"] is True
     assert (tmp_path / "out/model/adapter_config.json").is_file()

@@ -6,13 +6,12 @@ import logging
 import math
 import os
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from full_disk import disk_of
 
 from lbw_rl import Action
 from lbw_rl.controller import Controller
@@ -56,17 +55,6 @@ def steps(folder: Path) -> list[int]:
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == "lbw_rl" and r.levelno == logging.WARNING]
-
-
-@contextmanager
-def disk_of(size: int) -> Iterator[None]:
-    """Files cannot grow beyond `size` bytes: the kernel refuses the rest, as a full disk does."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # ---- saving and reading
@@ -336,6 +324,15 @@ def test_a_line_that_the_disk_does_not_take_is_left_out(tmp_path, caplog):
     assert warnings(caplog) == ["metrics.jsonl lacks lines that the disk did not take: File too large"] or (
         warnings(caplog) == ["metrics.jsonl lacks lines that the disk did not take: No space left on device"]
     )
+
+
+def test_lines_that_have_no_file_cost_a_warning(tmp_path, caplog):
+    """A full disk does not even take the name of a new file."""
+    (tmp_path / "metrics.jsonl").mkdir()
+    with JsonLines(tmp_path / "metrics.jsonl") as lines:
+        lines.write({"step": 0})
+        lines.sync()
+    assert warnings(caplog) == ["metrics.jsonl lacks lines that the disk did not take: Is a directory"]
 
 
 def test_a_failing_sync_is_no_fault_of_the_run(tmp_path, monkeypatch, caplog):

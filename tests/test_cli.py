@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lbw_rl.cli import console
 from lbw_rl.cli.app import app
+from lbw_rl.cli.pace import Pace
 from lbw_rl.extras import EXTRAS
 
 pytest.importorskip("transformers", reason="needs the extra lbw-rl[hf]")
@@ -106,7 +107,7 @@ def test_run(lbw, small, tmp_path, monkeypatch):
     )
     assert "of 6 decisions intervened" in answer.out
     assert answer.out.endswith("files: runs/mini-qwen2-pid\n")
-    assert re.fullmatch(r"mini-qwen2 · pid: 6/6 loss \d\.\d{3}\n", answer.err)
+    assert re.fullmatch(r"mini-qwen2 · pid: 6/6 \[0:00:\d\d elapsed\] loss \d\.\d{3}\n", answer.err)
 
     assert (
         lbw("run", "mini-qwen2", "--controller", "pid", *small)
@@ -213,7 +214,7 @@ def test_in_a_pipe_standard_output_holds_results_alone(small, tmp_path):
     command = [sys.executable, "-c", "from lbw_rl.cli import main; main()", "run", "mini-qwen2", "--json", *small]
     done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == json.loads((tmp_path / "out/summary.json").read_text())
-    assert re.fullmatch(r"mini-qwen2 · constant: 6/6 loss \d\.\d{3}\n", done.stderr)
+    assert re.fullmatch(r"mini-qwen2 · constant: 6/6 \[0:00:\d\d elapsed\] loss \d\.\d{3}\n", done.stderr)
 
 
 # ---- progress
@@ -228,7 +229,36 @@ def test_progress_in_a_pipe_comes_in_whole_lines_and_not_too_often(capsys, monke
             meter.update(step, 30, f"loss {step}" if step < 30 else "")
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines() == ["training: 10/30 loss 10", "training: 20/30 loss 20", "training: 30/30"]
+    assert captured.err.splitlines() == [
+        "training: 10/30 [0:00:10 elapsed, 0:00:20 left] loss 10",
+        "training: 20/30 [0:00:20 elapsed, 0:00:10 left] loss 20",
+        "training: 30/30 [0:00:30 elapsed]",
+    ]
+
+
+def test_the_time_left_is_told_by_the_pace_of_late():
+    """A resumed grid finds 200 runs in its first second; the hundred that are left take 20 s each, on two workers."""
+    pace = Pace()
+    assert pace.left(5.0, 1, 300) is None  # one piece, and no telling when it was begun
+    for found in range(2, 201):
+        pace.left(5.0 + found / 200, found, 300)
+    for run in range(1, 101):
+        elapsed = 6.0 + 10.0 * run
+        left = pace.left(elapsed, 200 + run, 300)
+        assert left == pytest.approx(10.0 * (100 - run))
+    assert left == 0.0
+
+
+def test_a_change_of_pace_is_followed_and_standstill_says_nothing():
+    pace = Pace()
+    for second in range(1, 101):
+        pace.left(float(second), second, 2000)
+    for second in range(200, 401, 100):  # from now on 100 s for each
+        left = pace.left(float(second), 100 + (second - 100) // 100, 2000)
+    assert left == pytest.approx(100.0 * (2000 - 103))
+    assert Pace().left(0.0, 0, 3) is None
+    still = Pace()
+    assert [still.left(t, 4, 9) for t in (1.0, 2.0, 50.0)] == [None] * 3
 
 
 def test_progress_on_a_terminal_is_a_live_bar(capsys, monkeypatch):

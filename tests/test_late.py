@@ -11,7 +11,7 @@ from lbw_rl import Action, Authority, Controller, Directive, Governor
 from lbw_rl.signals import SIGNALS
 from lbw_rl.transfer import Transfer
 
-KNOWN_AT_ONCE = {"step", "progress", "learning_rate", "lr_scale", "momentum_scale"}
+KNOWN_AT_ONCE = {"step", "progress", "learning_rate", "momentum", "lr_scale", "momentum_scale"}
 
 
 class Records(Controller):

@@ -3,11 +3,13 @@
 import json
 import math
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from full_disk import disk_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,6 +102,25 @@ def test_a_mistyped_path_costs_nobody_a_file(tmp_path, content):
 def test_a_full_disk_is_an_os_error_for_the_caller():
     with pytest.raises(OSError, match="No space left"):
         Ledger("/dev/full").write("decision", {"step": 0})
+
+
+@pytest.mark.parametrize("length", [50, 3000, 20_000])
+def test_a_disk_that_was_full_for_a_while_costs_whole_lines(tmp_path, length):
+    """Half a line in the middle would make the rest unreadable, however long lines are and wherever the disk ends."""
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    written = []
+    for step in range(12):
+        full = 3 <= step < 9
+        with disk_of(3 * length + length // 2) if full else nullcontext():
+            try:
+                ledger.write("decision", {"step": step, "evidence": "e" * length})
+                written.append(step)
+            except OSError:
+                assert full
+    ledger.close()
+    assert written == [*range(3), *range(9, 12)]
+    assert [r["step"] for r in read_ledger(path)] == written
 
 
 @pytest.mark.parametrize(

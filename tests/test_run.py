@@ -221,8 +221,8 @@ def in_the_middle_of_a_ledger_line():
     write = Ledger.write
     def torn(self, kind, record):
         if record.get("step") == 8:
-            self._file.write('{"type":"decision","step":8,"telem')
-            self._file.flush()
+            with self.path.open("ab", buffering=0) as file:
+                file.write(b'{"type":"decision","step":8,"telem')
             die()
         write(self, kind, record)
     Ledger.write = torn

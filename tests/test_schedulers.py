@@ -218,6 +218,19 @@ def test_a_scheduler_that_cycles_momentum_does_so(name, optimizer):
     assert len({r[0][1] for r in Run(name, optimizer=optimizer).advance(range(STEPS)).scheduled}) > 5
 
 
+@pytest.mark.parametrize("name", sorted(MOMENTUM_CYCLES))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_lbw_guard_holds_its_average_of_five_steps_whatever_momentum_the_schedule_has(name, optimizer):
+    """0.85 to 0.95, or 0.8 to 0.9, scheduled: averages of 5 to 20 steps. What the run began with says nothing later."""
+    authority = Authority(lr_scale=(1e-3, 100.0), momentum_scale=(0.1, 2.0))
+    run = Run(name, "lbw-guard", optimizer=optimizer, authority=authority).advance(range(STEPS))
+    scheduled = [momentum for ((_, momentum), _) in run.scheduled]
+    assert max(scheduled) - min(scheduled) > 0.05
+    assert [momentum for ((_, momentum), _) in run.executed] == pytest.approx([0.8] * STEPS)
+    assert run.governor.last_telemetry.momentum == pytest.approx(scheduled[-1])
+    assert run.governor.summary()["faults"] == {}
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_an_idle_governor_leaves_every_bit_under_every_schedule(name):
     plain = Run(name, optimizer="adamw").advance(range(STEPS))

@@ -127,7 +127,10 @@ def test_progress_in_a_pipe_comes_in_whole_lines_by_stage(suite):
     lines = [line for line in stderr.splitlines() if re.match(r"\d/3 ", line)]
     assert lines
     for line in lines:
-        assert re.fullmatch(r"(1/3 tuning AdamW|2/3 grid): \d+/\d+ mini-\S+ · .+ at \S+: loss \d\.\d{3}", line)
+        assert re.fullmatch(
+            r"(1/3 tuning AdamW|2/3 grid): \d+/\d+ \[0:\d\d:\d\d elapsed(, 0:\d\d:\d\d left)?\] mini-\S+ · .+ at \S+: loss \d\.\d{3}",
+            line,
+        )
     assert {line[:3] for line in lines} == {"1/3", "2/3"}
 
 
@@ -226,15 +229,21 @@ def test_a_browser_draws_a_panel_a_family(suite, tmp_path):
     assert 'class="xtick"' in dom
 
 
-def test_more_of_the_same_suite_adds_to_the_folder(suite, lbw, tiny, tmp_path, in_process):
+def test_more_of_the_same_suite_adds_to_the_folder(suite, lbw, tiny, tmp_path, in_process, caplog):
     """Another family: the first one's runs are found, and the report is of what was asked for."""
     folder = tmp_path / "copy"
     shutil.copytree(suite[0], folder)
+    row = next(r for r in read_results(folder).rows if (r.recipe, r.arm) == (FAMILIES[0], GUARD))
+    older = {**content(folder / row.folder, "summary.json"), "code": "0.1.9+00000000"}
+    (folder / row.folder / "summary.json").write_text(json.dumps(older), encoding="utf-8")
     before = summaries(folder)
     settings = [part for setting in [*tiny, "train.steps=12"] for part in ("--set", setting)]
     families = "mini-qwen2-150,mini-qwen2-batch32"
     findings = lbw("stress", "--families", families, *settings, "--out", folder, "--resume", "--json").json()
     assert [family["name"] for family in findings["families"]] == families.split(",")
+    assert [m.split(" finished")[0] for m in caplog.messages] == [f"1 of the {len(before)}"]
+    assert findings["provenance"]["code"] == f"{row.code}: {findings['runs'] - 1} runs, 0.1.9+00000000: 1 run"
+    assert "Runs of 2 versions of the code" in (folder / "report.html").read_text(encoding="utf-8")
     after = summaries(folder)
     assert {path: after[path] for path in before} == before
     assert {path.relative_to(folder).parts[1] for path in set(after) - set(before)} == {"mini-qwen2-batch32"}
@@ -336,4 +345,8 @@ def test_bad_input_is_told_in_one_line(lbw):
     assert lbw("stress", "--suite", "maxi").refusal().startswith("suite: 'maxi' is unknown; accepted: mini")
     assert lbw("stress", "--budget", "huge").refusal().startswith("budget: 'huge' is unknown; accepted: quick, full")
     assert lbw("stress", "--backend", "slurm", "--families", "mini-qwen2-150").refusal().startswith("backend: 'slurm'")
-    assert lbw("stress", "--set", "train.seed=1").refusal().startswith("set: train.seed is what the suite varies")
+    assert (
+        lbw("stress", "--set", "train.seed=1")
+        .refusal()
+        .startswith("set: train.seed=1 is for the suite's arms to decide")
+    )

@@ -3,7 +3,20 @@
 import peft
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from peft.optimizers import create_loraplus_optimizer
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lbw_rl.action import Action
 from lbw_rl.actuator import Actuator
@@ -46,7 +59,7 @@ def test_a_whole_model_is_counted_by_its_matrices_and_is_no_adapter(name):
 
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("name", ["qwen2", "llama"])
-def test_lora_is_recognised_by_the_rank_that_its_factors_share(name, rank):
+def test_lora_is_recognised_by_its_pairs_of_factors(name, rank):
     config = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(models()[name], config)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
@@ -59,12 +72,81 @@ def test_lora_is_recognised_by_the_rank_that_its_factors_share(name, rank):
     assert trainable(optimizer) == before
 
 
+def adapted(vocab_size=64, model=Qwen2ForCausalLM, task_type="CAUSAL_LM", **options):
+    base = model(Qwen2Config(**{**SIZES, "vocab_size": vocab_size}, tie_word_embeddings=False, num_labels=2))
+    config = peft.LoraConfig(**{"r": 2, "target_modules": "all-linear", "task_type": task_type, **options})
+    return peft.get_peft_model(base, config)
+
+
+def low_rank(parameters):
+    return trainable(torch.optim.AdamW([p for p in parameters if p.requires_grad])).low_rank
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_pattern": {"q_proj": 1, "down_proj": 5}},
+        {"use_dora": True},
+        {"target_modules": ["v_proj", "embed_tokens"]},
+        {"model": Qwen2ForSequenceClassification, "task_type": "SEQ_CLS"},  # with a head, trained as a whole
+        {"modules_to_save": ["embed_tokens"], "vocab_size": 32},  # fewer elements than the factors
+    ],
+    ids=str,
+)
+def test_lora_of_several_ranks_and_with_a_little_beside_it_is_low_rank(options):
+    assert low_rank(adapted(**options).parameters())
+
+
+def test_adapters_in_groups_of_their_own_are_recognised_in_whatever_way_they_are_cut():
+    model = adapted()
+    plus = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)  # all A, then all B
+    assert [len(group["params"]) for group in plus.param_groups] == [14, 0, 14, 0]
+    assert trainable(plus).low_rank
+    each = [{"params": [p]} for p in model.parameters() if p.requires_grad]
+    assert trainable(torch.optim.AdamW(each)).low_rank
+
+
+def test_adapters_of_convolutions_are_factors_of_the_flattened_kernel():
+    convolutions = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.Conv2d(32, 64, 3))
+    assert not low_rank(convolutions.parameters())
+    assert low_rank(peft.get_peft_model(convolutions, peft.LoraConfig(r=2, target_modules=["0", "1"])).parameters())
+
+
+def test_where_embeddings_are_the_larger_part_weights_have_a_size():
+    assert not low_rank(adapted(vocab_size=512, modules_to_save=["embed_tokens", "lm_head"]).parameters())
+
+
+WHOLE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 256}
+ARCHITECTURES = {
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**WHOLE, intermediate_size=88, num_key_value_heads=1)),
+    "llama, wide": lambda: LlamaForCausalLM(LlamaConfig(**WHOLE, intermediate_size=256)),
+    "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**WHOLE, intermediate_size=128)),
+    "t5, very wide": lambda: T5ForConditionalGeneration(
+        T5Config(d_model=32, d_kv=8, d_ff=1024, num_layers=3, num_heads=4)
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=256)),  # matrices transposed
+}
+PARTS = {
+    "all": lambda name: True,
+    "no embeddings": lambda name: not any(word in name for word in ("embed", "wte", "wpe", "lm_head", "shared")),
+    "feed-forward alone": lambda name: "mlp" in name or "DenseReluDense" in name,
+    "attention alone": lambda name: "attn" in name or "Attention" in name or "attention" in name,
+    "one layer": lambda name: ".1." in name,
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_part_of_a_whole_model_is_taken_for_adapters(architecture, part):
+    """Its feed-forward blocks have the shapes of factors, (4d, d) and (d, 4d), and may be all that is trained."""
+    chosen = [p for name, p in ARCHITECTURES[architecture]().named_parameters() if PARTS[part](name)]
+    assert any(p.ndim >= 2 for p in chosen)
+    assert not low_rank(chosen)
+
+
 def test_matrices_that_merely_have_a_side_in_common_are_no_adapters():
-    square = [torch.nn.Parameter(torch.zeros(s)) for s in ((8, 64), (64, 8), (8, 8))]
-    one_way = [torch.nn.Parameter(torch.zeros(s)) for s in ((8, 64), (8, 32))]
-    ranks = [torch.nn.Parameter(torch.zeros(s)) for s in ((8, 64), (64, 4))]
-    for parameters in (square, one_way, ranks):
-        assert not trainable(torch.optim.SGD(parameters, lr=0.1)).low_rank
+    for shapes in (((8, 64), (8, 32)), ((8, 64), (64, 4)), ((64, 8), (8, 64)), ((16, 64), (64, 16)), ((8, 64),)):
+        assert not low_rank([torch.nn.Parameter(torch.zeros(shape)) for shape in shapes])
 
 
 def test_only_plain_gradient_steps_are_not_normalised():

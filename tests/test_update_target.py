@@ -43,6 +43,13 @@ def test_it_counts_the_momentum_that_was_executed():
         )
 
 
+def test_a_momentum_that_a_schedule_moves_counts_as_it_is_now():
+    """OneCycleLR's, on its way from 0.95 to 0.85; what no momentum can be is passed over."""
+    for momentum, averaged in ((0.95, 20), (0.85, 1 / 0.15), (0.0, 1), (NAN, 10), (1.0, 10), (-3.0, 10)):
+        moved = seen(target()).ratio(telemetry(momentum=momentum))
+        assert moved == pytest.approx(2 / math.sqrt(400 * averaged) * math.sqrt(0.75))
+
+
 def test_a_momentum_that_is_not_known_counts_as_the_one_that_the_constants_were_chosen_with():
     for scale in (0.5, 1.0):
         unknown = seen(target(momentum=None)).ratio(telemetry(momentum_scale=scale))

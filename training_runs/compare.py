@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from lbw_rl.envs.recipe import Recipe
 from lbw_rl.registry import load_controller
+from lbw_rl.training_runs.code_version import in_words, runs_by_code, tell_of_other_code
 from lbw_rl.training_runs.folders import prepare_output, read_jsonl, write_json
 from lbw_rl.training_runs.grid import (
     Arm,
@@ -24,8 +25,9 @@ from lbw_rl.training_runs.grid import (
     slug,
 )
 from lbw_rl.training_runs.results import Results, Row, write_results
-from lbw_rl.training_runs.run import METRICS
+from lbw_rl.training_runs.run import METRICS, SUMMARY
 from lbw_rl.training_runs.summary import default_reference, summarise
+from lbw_rl.training_runs.whole_record import lacking_lines, tell_of_lacking_lines
 from lbw_rl.training_runs.workers import Backend
 
 __all__ = ["Arm", "Backend", "Cell", "Progress", "compare", "parse_arms", "parse_multiplier", "provenance"]
@@ -85,11 +87,14 @@ def compare(
     for cell in cells[: len(arms)]:  # a bad option must not show after an hour of runs
         load_controller(cell.recipe.controller.name, **cell.recipe.controller.options)
     folder = prepare_output(out, resume).resolve()
+    tell_of_other_code(folder, SUMMARY)
     with grid_workers(folder, backend, workers, len(cells)) as submit:
         rows = run_cells(cells, folder, submit, progress)
     ordered = _with_targets([rows[cell.folder] for cell in cells], folder)
-    summary = summarise(ordered, default_reference(ordered))
-    results = Results(rows=ordered, summary={**summary, "provenance": provenance(recipe, folder, cells, command)})
+    lacking = lacking_lines(folder, ordered)
+    tell_of_lacking_lines(lacking)
+    summary = {**summarise(ordered, default_reference(ordered)), "lacking": lacking}
+    results = Results(rows=ordered, summary={**summary, "provenance": provenance(recipe, folder, ordered, command)})
     write_results(folder, results)
     return results
 
@@ -129,11 +134,12 @@ def _first_step_at(metrics: Path, target: float) -> int | None:
     return None
 
 
-def provenance(recipe: Recipe, folder: Path, cells: Sequence[Cell], command: str | None) -> dict[str, Any]:
+def provenance(recipe: Recipe, folder: Path, rows: Sequence[Row], command: str | None) -> dict[str, Any]:
     """What it takes to repeat the comparison: machine, versions, corpus, settings."""
     record = {
         **record_of_machine(command or " ".join(sys.argv[:1])),
-        **record_of_corpus(recipe, folder / cells[0].folder),
+        "code": in_words(runs_by_code(rows)),
+        **record_of_corpus(recipe, folder / rows[0].folder),
         "recipe": recipe.model_dump(mode="json"),
     }
     write_json(folder / "provenance.json", record)

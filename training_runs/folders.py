@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lbw_rl.files import replace_file, sync_files, sync_folder
+from lbw_rl.files import WholeLines, replace_file, sync_files, sync_folder
 
 log = logging.getLogger("lbw_rl")
 
@@ -73,56 +72,55 @@ def replace_folder(new: Path, folder: Path) -> None:
 class JsonLines:
     """A JSONL file that is appended to, a whole line at a time.
 
-    A line that the disk does not take is left out: warned of once, and the run that writes it goes on.
+    A line that the disk does not take is left out, and all are where it does not take the file: warned of once, and the run
+    that writes them goes on.
 
     Args:
         path: continued if it exists.
-
-    Raises:
-        OSError: the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("ab", buffering=0)  # nothing stays in memory that a kill would take
         self._warned = False
+        self._lines: WholeLines | None = None
+        with self._warning():
+            self._lines = WholeLines(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record."""
-        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
-        end = self._file.seek(0, os.SEEK_END)
-        try:
-            if self._file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as e:
-            with contextlib.suppress(OSError):  # half a line would hide those after it
-                self._file.truncate(end)
-            self._warn(e)
+        if self._lines is not None:
+            with self._warning():
+                self._lines.append(json.dumps(record, separators=(",", ":")).encode() + b"\n")
 
     def sync(self) -> None:
         """Puts on disk what has been written so far."""
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as e:
-            self._warn(e)
+        if self._lines is not None:
+            with self._warning():
+                self._lines.sync()
 
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
+    @contextlib.contextmanager
+    def _warning(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            if not self._warned:
+                log.warning("%s lacks lines that the disk did not take: %s", self.path.name, e.strerror or e)
             self._warned = True
-            log.warning("%s lacks lines that the disk did not take: %s", self.path.name, error.strerror or error)
 
     def __enter__(self) -> JsonLines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._lines is not None:
+            with self._warning():
+                self._lines.close()
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSONL file; stops at a line torn by a kill. A missing file has none."""
+    """The records of a JSONL file; stops at a line that is none, torn by a kill. A missing file has none."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             yield json.loads(line)
         except json.JSONDecodeError:

@@ -13,7 +13,7 @@ from lbw_rl.training_runs.report_data import RecipeRuns
 from lbw_rl.training_runs.report_figures import ArmStyle, Panel, regime_styles
 from lbw_rl.training_runs.report_style import CSS, SCRIPT
 from lbw_rl.training_runs.report_tables import comparison_table, conduct_table, main_table, provenance_table, tiles
-from lbw_rl.training_runs.report_text import entropic_claims, guard_claims, verdict
+from lbw_rl.training_runs.report_text import entropic_claims, guard_claims, lacking_records, mixed_code, verdict
 from lbw_rl.training_runs.results import Results, Row
 
 _OUTLINES = {
@@ -128,7 +128,7 @@ def page(
     body = f"""<h1>Governed training under learning-rate stress</h1>
 <p class="sub">{len(results.rows)} runs · {len({r.arm for r in results.rows})} arms · {seeds} seed{"s" * (seeds > 1)} ·
 {escape(", ".join(recipes))}</p>
-<div class="verdict" role="note" aria-label="Verdict">{verdicts}
+<div class="verdict" role="note" aria-label="Verdict">{verdicts}{mixed_code(results.rows)}{lacking_records(results.summary.get("lacking") or {})}
 <p class="note">Computed from the rows of <code>results.json</code>. “Beat” means that the 95 % interval of the paired
 perplexity ratio lies wholly under 1; ratios under 1 are better.</p></div>
 {"".join(sections)}

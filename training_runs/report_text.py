@@ -8,10 +8,13 @@ from html import escape
 from statistics import median
 from typing import Any
 
+from lbw_rl.training_runs import whole_record
+from lbw_rl.training_runs.code_version import in_words, runs_by_code
 from lbw_rl.training_runs.report_figures import multiplier_label
 from lbw_rl.training_runs.report_tables import Record, multiple, number, ratio, table
 from lbw_rl.training_runs.results import Row
 from lbw_rl.training_runs.summary import UNGOVERNED
+from lbw_rl.training_runs.whole_record import Lacking
 
 VERDICT_WORDS = {
     "worse": "higher",
@@ -37,6 +40,28 @@ def verdict(recipe: str, summary: Mapping[str, Any], several: bool) -> str:
         paragraphs.append(f"<p>{opening}{_against(subject, compared)} {_flatness(arms[subject], arms, summary)}</p>")
         opening = ""
     return "".join(paragraphs)
+
+
+def mixed_code(rows: Sequence[Row]) -> str:
+    """A warning where the rows are of several versions of the code; nothing where they are of one."""
+    runs = runs_by_code(rows)
+    if len(runs) == 1:
+        return ""
+    return (
+        f'<p class="note"><strong class="missing">Runs of {len(runs)} versions of the code ({escape(in_words(runs))}): '
+        "what differs between arms may differ between versions.</strong></p>"
+    )
+
+
+def lacking_records(lacking: Lacking) -> str:
+    """A warning that names the runs with incomplete records; nothing where all are whole."""
+    if not lacking:
+        return ""
+    return (
+        f'<p class="note"><strong class="missing">Incomplete records of {len(lacking)} run{"s" * (len(lacking) > 1)}, as a full '
+        f"disk leaves them: {escape(whole_record.in_words(lacking))}.</strong> Final losses stand; what is read off these "
+        "records, as the time to a loss, leaves them out.</p>"
+    )
 
 
 def _against(subject: str, compared: Sequence[Record]) -> str:

@@ -40,7 +40,9 @@ class Row(BaseModel):
         skips: updates that the governor skipped.
         rollbacks: returns to an earlier state.
         steps_to_target: first step at which the held-out loss met the recipe's target, `None` if never.
+        decisions: decisions of the controller; 0 where they were not counted.
         interventions: decisions whose executed action was not neutral.
+        code: version of the package that made the run (`code_version`); empty where it was not recorded.
         folder: the run's folder relative to that of `results.json`, with forward slashes.
     """
 
@@ -63,7 +65,9 @@ class Row(BaseModel):
     skips: int = Field(ge=0)
     rollbacks: int = Field(ge=0)
     steps_to_target: int | None = None
+    decisions: int = Field(default=0, ge=0)
     interventions: int = Field(default=0, ge=0)
+    code: str = ""
     folder: str = ""
 
     @model_validator(mode="before")

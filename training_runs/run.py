@@ -23,6 +23,7 @@ from lbw_rl.registry import load_controller
 from lbw_rl.sinks import Sink
 from lbw_rl.stages import check_mode
 from lbw_rl.training_runs.checkpoints import Checkpoints
+from lbw_rl.training_runs.code_version import UNRECORDED, code_version
 from lbw_rl.training_runs.folders import (
     JsonLines,
     first_line,
@@ -59,6 +60,7 @@ class _Record:
     seconds: float = 0.0
     train_loss: float = math.nan
     tail: list[float] = field(default_factory=list)
+    code: str = field(default_factory=code_version)  # of all that had a part in it
 
 
 def run(
@@ -161,7 +163,11 @@ def _run(
     else:
         check_same_mode(folder, found["record"], mode)
         give_back(found, task)
-        record = _Record(**found["record"])
+        record = _Record(**{"code": UNRECORDED, **found["record"]})
+        if code_version() not in record.code:
+            if ranks.leads:
+                log.warning("the run in %s was begun by another version of the code, %s", folder, record.code)
+            record.code += f", then {code_version()}"
         header, step = found["ledger_header"], task.step
         kept = ranks.first(lambda: _cut_files(folder, step, header))
     governor = Governor(
@@ -299,9 +305,11 @@ def _summarise(task: TrainingTask, governor: Governor, record: _Record, failures
         "overhead_seconds": governance["overhead_seconds"],
         "skips": governance["skips"],
         "rollbacks": governance["rollbacks"],
+        "decisions": governance["decisions"],
         "interventions": governance["interventions"],
         "steps_to_target": None,
         "checkpoint_failures": failures,
+        "code": record.code,
         "corpus_sha256": task.corpus_sha256,
         "governor": governance,
     }
@@ -318,8 +326,13 @@ def _save_model(task: TrainingTask, folder: Path) -> None:
     temporary = folder / (MODEL + ".tmp")
     if task.ranks.leads:
         shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was killed while it wrote
-    task.ranks.together(lambda: task.save_pretrained(temporary))
-    task.ranks.first(lambda: replace_folder(temporary, folder / MODEL))
+    try:
+        task.ranks.together(lambda: task.save_pretrained(temporary))
+        task.ranks.first(lambda: replace_folder(temporary, folder / MODEL))
+    except OSError:
+        if task.ranks.leads:  # half a model helps nobody, and its room may
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _finite(value: float) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from concurrent.futures.process import BrokenProcessPool
 
@@ -21,7 +22,7 @@ _OF_ONE_PROCESS = ("compare", "demo", "report", "stress", "train-policy")
 
 
 def main() -> None:
-    """Entry point: exit 0 on success, 2 with one line on bad input, 130 when interrupted."""
+    """Entry point: exit 0 on success, 2 with one line on bad input, 1 on what the machine lacks, 130 when interrupted."""
     try:
         arguments = sys.argv[1:] or ["--help"]
         if launch.world_size() > 1 and arguments[0] in _OF_ONE_PROCESS:
@@ -46,10 +47,17 @@ def main() -> None:
         if not _ours(e):
             raise
         code = fail(str(e))
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = f" at {e.filename}" if e.filename else ""
+        code = fail(
+            f"{e.strerror}{where}; with more room, the same command with --resume goes on where it stopped", code=1
+        )
     except RuntimeError as e:
         if type(e).__name__ != "PeerLostError":  # its module would import torch
             raise
-        code = fail(f"{e}; the same command with --resume goes on from the last checkpoint", code=1)
+        code = fail(f"{e}; the same command with --resume goes on from the last checkpoint", code=1, alike=False)
     sys.exit(code if isinstance(code, int) else 0)
 
 

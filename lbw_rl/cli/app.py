@@ -152,10 +152,12 @@ def run(
         chosen = chosen.model_copy(update={"controller": ControllerSpec()})
     chosen = override(chosen, [*(settings or []), *name])
 
+    leads = launch.rank() == 0
     if dry_run:
-        from lbw_rl.cli.estimate import print_estimate
+        if leads:
+            from lbw_rl.cli.estimate import print_estimate
 
-        print_estimate(chosen, devices, tflops, as_json)
+            print_estimate(chosen, devices, tflops, as_json)
         return
     for option, value in (("devices", devices), ("tflops", tflops)):
         if value is not None:
@@ -179,7 +181,6 @@ def run(
         from lbw_rl.sinks.tensorboard import TensorBoardSink
 
         sinks.append(TensorBoardSink(folder / "tensorboard"))
-    leads = launch.rank() == 0
     if leads and not (folder / SUMMARY).exists() and (needs := notice(chosen)):
         err.print(needs)
     with meter(f"{chosen.name} · {chosen.controller.name}") if leads else nullcontext() as m:

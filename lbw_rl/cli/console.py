@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lbw_rl import launch
+from lbw_rl.cli.pace import Pace
 
 _TERMINAL = sys.stdout.isatty()
 
@@ -25,13 +27,20 @@ err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap
 """Standard error: progress and errors, so that a pipe gets results alone."""
 
 
-def fail(message: str, code: int = 2) -> int:
-    """Prints one line on what is wrong and returns the exit code. Ranks that fail alike print it once."""
+def fail(message: str, code: int = 2, alike: bool = True) -> int:
+    """Prints one line on what is wrong and returns the exit code.
+
+    Args:
+        message: the line.
+        code: the exit code.
+        alike: whether the other ranks may have the same to say: then it is printed once, for which they wait for the first.
+    """
     message = " ".join(message.split())
-    line = launch.wording(message)
+    line = launch.wording(message) if alike else message
     if line is not None:
         print(f"lbw-rl: {line}", file=sys.stderr, flush=True)
-    launch.said(message)
+    if alike:
+        launch.said(message)
     return code
 
 
@@ -51,22 +60,32 @@ def _finite(value: Any) -> Any:
 
 
 class Meter:
-    """One line of progress: a live bar on a terminal, a line every few seconds in a pipe."""
+    """One line of progress: a live bar on a terminal; in a pipe a line every few seconds, with time passed and time left."""
 
     def __init__(self, label: str, bar: Progress | None, every: float = 10.0) -> None:
         self.label = label
         self._bar = bar
         self._task = bar.add_task(label, total=None, note="") if bar is not None else None
         self._every = every
-        self._next = time.monotonic() + every
+        self._start = time.monotonic()
+        self._next = self._start + every
+        self._pace = Pace()
 
     def update(self, done: int, total: int, note: str = "") -> None:
         """Shows that `done` of `total` are finished, with a short note."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total, note=note)
-        elif time.monotonic() >= self._next or done == total:
-            self._next = time.monotonic() + self._every
-            print(f"{self.label}: {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
+            return
+        now = time.monotonic()
+        left = self._pace.left(now - self._start, done, total)
+        if now >= self._next or done == total:
+            self._next = now + self._every
+            times = f"{_clock(now - self._start)} elapsed" + (f", {_clock(left)} left" if left else "")
+            print(f"{self.label}: {done}/{total} [{times}] {note}".rstrip(), file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 @contextmanager

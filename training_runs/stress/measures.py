@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from lbw_rl.training_runs.intervals import Interval, judge, seed_interval
 from lbw_rl.training_runs.results import Row
-from lbw_rl.training_runs.run import LEDGER, METRICS, RECIPE
-from lbw_rl.training_runs.stress.clock import held_out_curve, step_seconds, steps_to
-from lbw_rl.training_runs.stress.conduct import interventions
+from lbw_rl.training_runs.run import RECIPE
+from lbw_rl.training_runs.stress.records import Records
 from lbw_rl.training_runs.summary import UNGOVERNED, capped, lr_sensitivity
 
 
@@ -33,15 +32,15 @@ class Reference:
         arm: its label.
         multiplier: where it is best.
         losses: seed → final loss (capped), nats per token.
-        steps: seed → steps until it first was at its own final loss.
-        seconds: seed → seconds until then, at the arm's time a step.
+        steps: seed → steps until it first was at its own final loss, of the seeds whose metrics are whole.
+        step_seconds: the arm's time a step; None if it is not known.
     """
 
     arm: str
     multiplier: float
     losses: dict[int, float]
     steps: dict[int, float]
-    seconds: dict[int, float]
+    step_seconds: float | None
 
 
 def measure(rows: Sequence[Row], folder: Path, reference_arm: str) -> dict[str, Any]:
@@ -53,13 +52,16 @@ def measure(rows: Sequence[Row], folder: Path, reference_arm: str) -> dict[str, 
         reference_arm: the arm of the tuned baseline.
 
     Returns:
-        `reference` (arm, multiplier, loss, ppl) and `arms`, a dict each. Losses in nats per token, ratios are of
-        perplexities, steps or seconds to the reference's; None is what cannot be had, and for a target that most
-        seeds never reached `steps_ratio` and `seconds_ratio` are None with `reached` below `seeds`.
+        `reference` (arm, multiplier, loss, ppl), `arms`, a dict each, and `lacking`, the runs that left incomplete
+        records. Losses in nats per token, ratios are of perplexities, steps or seconds to the reference's; None is what
+        cannot be had, and for a target that most seeds never reached `steps_ratio` and `seconds_ratio` are None with
+        `reached` below `timed`, the seeds whose records tell. Where no record tells, they are left out.
     """
     table = _by_arm(rows)
-    speed = {arm: _step_seconds(cells, folder) for arm, cells in table.items()}
-    reference = _reference(table[reference_arm], reference_arm, folder, speed[reference_arm])
+    records = Records(folder, rows)
+    # Of all runs of an arm, since they are spread over the time that the suite takes.
+    speed = {arm: records.step_seconds([r for at in cells.values() for r in at]) for arm, cells in table.items()}
+    reference = _reference(table[reference_arm], reference_arm, records, speed[reference_arm])
     loss = fmean(reference.losses.values())
     arms = [
         {
@@ -67,7 +69,7 @@ def measure(rows: Sequence[Row], folder: Path, reference_arm: str) -> dict[str, 
             "optimizer": next(iter(cells.values()))[0].optimizer,
             "controller": next(iter(cells.values()))[0].controller,
             **_over_the_axis(cells, reference),
-            **(_at_base(cells[1.0], reference, folder, speed[arm]) if 1.0 in cells else {}),
+            **(_at_base(cells[1.0], reference, folder, records, speed[arm]) if 1.0 in cells else {}),
         }
         for arm, cells in table.items()
     ]
@@ -79,6 +81,7 @@ def measure(rows: Sequence[Row], folder: Path, reference_arm: str) -> dict[str, 
             "ppl": math.exp(min(loss, 700.0)),
         },
         "arms": arms,
+        "lacking": records.lacking,
     }
 
 
@@ -92,20 +95,12 @@ def _by_arm(rows: Sequence[Row]) -> dict[str, _Cells]:
     return table
 
 
-def _step_seconds(cells: _Cells, folder: Path) -> float:
-    """An arm's time a step: of all its runs, since they are spread over the time that the suite takes."""
-    return median(step_seconds(folder / row.folder / METRICS) for rows in cells.values() for row in rows)
-
-
-def _reference(cells: _Cells, arm: str, folder: Path, speed: float) -> Reference:
+def _reference(cells: _Cells, arm: str, records: Records, speed: float | None) -> Reference:
     means = {m: fmean(capped(r) for r in rows) for m, rows in cells.items()}
     best = min(means, key=lambda m: (means[m], abs(math.log(m))))
-    losses, steps, seconds = {}, {}, {}
-    for row in cells[best]:
-        losses[row.seed] = capped(row)
-        steps[row.seed] = steps_to(held_out_curve(folder / row.folder / METRICS, row.initial_loss), capped(row))
-        seconds[row.seed] = steps[row.seed] * speed
-    return Reference(arm, best, losses, steps, seconds)
+    steps = {row.seed: records.steps_to(row, capped(row)) for row in cells[best]}
+    known = {seed: taken for seed, taken in steps.items() if taken is not None}
+    return Reference(arm, best, {row.seed: capped(row) for row in cells[best]}, known, speed)
 
 
 def losses_by_seed(cells: _Cells, seeds: Sequence[int]) -> NDArray[np.float64]:
@@ -172,29 +167,23 @@ def _over_the_axis(cells: _Cells, reference: Reference) -> dict[str, Any]:
     }
 
 
-def _at_base(rows: Sequence[Row], reference: Reference, folder: Path, speed: float) -> dict[str, Any]:
+def _at_base(
+    rows: Sequence[Row], reference: Reference, folder: Path, records: Records, speed: float | None
+) -> dict[str, Any]:
     """What holds at multiplier 1, where the rate is right and a run is healthy."""
     paired = [row for row in rows if row.seed in reference.losses]
     differences = np.array([[capped(row) - reference.losses[row.seed]] for row in paired])
     interval = seed_interval(differences, lambda means: means[..., 0])
-    steps = [_steps(row, folder, reference.losses[row.seed]) for row in paired]
-    step_ratios = [_over(s, reference.steps[row.seed]) for s, row in zip(steps, paired)]
-    second_ratios = [_over(s * speed, reference.seconds[row.seed]) for s, row in zip(steps, paired)]
-    ledgers = [folder / row.folder / LEDGER for row in rows if row.controller not in UNGOVERNED]
-    counted = [
-        interventions(ledger) for ledger in ledgers if ledger.is_file()
-    ]  # one that the disk did not take counts not
+    governed = [records.interventions(row) for row in rows if row.controller not in UNGOVERNED]
+    counted = [found for found in governed if found is not None]
     decisions = sum(total for _, total in counted)
     return {
         "ppl": math.exp(min(fmean(capped(row) for row in rows), 700.0)),
         "ratio": math.exp(float(differences.mean())),
         "ratio_interval": [math.exp(v) for v in interval] if interval else None,
-        "reached": sum(map(math.isfinite, steps)),
-        "steps_to_target": _finite(median(steps)),
-        "steps_ratio": _finite(median(step_ratios)),
-        "seconds_ratio": _finite(median(second_ratios)),
-        "run_seconds": median(row.steps * speed for row in rows),
-        "tokens_per_second": median(_tokens_per_step(folder / row.folder) / speed for row in rows),
+        **_to_target(paired, reference, records, speed),
+        "run_seconds": median(row.steps * speed for row in rows) if speed else None,
+        "tokens_per_second": median(_tokens_per_step(folder / row.folder) / speed for row in rows) if speed else None,
         "overhead": median(row.overhead_seconds / row.seconds for row in rows if row.seconds > 0),
         "beyond_modulation": sum(n for n, _ in counted),
         "beyond_modulation_share": sum(n for n, _ in counted) / decisions if decisions else None,
@@ -203,10 +192,22 @@ def _at_base(rows: Sequence[Row], reference: Reference, folder: Path, speed: flo
     }
 
 
-def _steps(row: Row, folder: Path, target: float) -> float:
-    return (
-        math.inf if row.diverged else steps_to(held_out_curve(folder / row.folder / METRICS, row.initial_loss), target)
-    )
+def _to_target(
+    rows: Sequence[Row], reference: Reference, records: Records, speed: float | None
+) -> dict[str, float | None]:
+    """Steps and seconds to the reference's loss, of the seeds at which the records of both tell."""
+    steps, ratios = [], []
+    for row in rows:
+        taken = math.inf if row.diverged else records.steps_to(row, reference.losses[row.seed])
+        if taken is not None and row.seed in reference.steps:
+            steps.append(taken)
+            ratios.append(_over(taken, reference.steps[row.seed]))
+    found: dict[str, float | None] = {"reached": sum(map(math.isfinite, steps)), "timed": len(steps)}
+    if steps:
+        found |= {"steps_to_target": _finite(median(steps)), "steps_ratio": _finite(median(ratios))}
+    if steps and speed and reference.step_seconds:
+        found["seconds_ratio"] = _finite(median(ratios) * speed / reference.step_seconds)
+    return found
 
 
 def _over(value: float, reference: float) -> float:

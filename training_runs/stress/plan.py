@@ -17,7 +17,11 @@ from lbw_rl.training_runs.stress.suite import TUNED, Budget, Contender, Family, 
 from lbw_rl.training_runs.summary import UNGOVERNED
 
 PLAN = "plan.json"
-_OWN = ("train.lr_multiplier", "train.seed", "name", "controller.")
+_DECIDED = (
+    *("name", "train.lr_multiplier", "train.seed", "schedule.name"),
+    *("optimizer.name", "optimizer.lr", "optimizer.grad_clip", "optimizer.adaptive_clip"),
+)
+"""Settings that name families and arms, or that the search and the grid write over."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,10 @@ class Plan:
         """Reads the recipes; `families` replaces the budget's.
 
         Raises:
-            ValueError: an unknown family or recipe, a setting that a recipe does not take or that is the suite's own,
-                or a contender that no recipe can hold.
+            ValueError: an unknown family or recipe, a setting that a recipe does not take or that is for the suite's arms
+                to decide, or a contender that no recipe can hold.
         """
-        for setting in settings:
-            key = setting.partition("=")[0].strip()
-            if key.startswith(_OWN):
-                raise ValueError(f"set: {key} is what the suite varies; accepted: any other recipe setting")
+        _refuse_what_arms_decide(suite, settings)
         chosen = tuple(suite.family(name) for name in dict.fromkeys(families or budget.families))
         recipes = {
             f.name: override(
@@ -101,7 +102,7 @@ class Plan:
             family: whose.
             tuned: what the search found; None stands the recipe's own in, where it is not searched for or not yet known.
             scales: contender → mean scale by decision, for those that replay it. Without it the contenders that
-                replay are left out, with it all others are.
+                replay are left out, with it all others are, and those that replay one who is not in it.
             seeds: the budget's by default.
         """
         base = self.recipes[family.name]
@@ -112,6 +113,8 @@ class Plan:
                         continue
                     values = [f"train.lr_multiplier={float(multiplier)!r}", f"train.seed={seed}"]
                     if contender.replays is not None and scales is not None:
+                        if contender.replays not in scales:
+                            continue
                         values.append(f"controller.options.scales={list(scales[contender.replays])!r}")
                     yield _cell(contender.arm, _based(base, contender, tuned), values)
 
@@ -139,6 +142,22 @@ class Plan:
                     f"resume: {folder} was started with {option} {_shown(before.get(key))}, not {_shown(mine[key])}; "
                     "accepted: the same (budget and families may change), or a new --out"
                 )
+
+
+def _refuse_what_arms_decide(suite: Suite, settings: Sequence[str]) -> None:
+    """Such a setting would hold for arms that are named after another one, or be written over."""
+    decided = {*_DECIDED, *(_key(override) for c in suite.contenders for override in c.arm.overrides)}
+    for setting in settings:
+        key = _key(setting)
+        if key in decided or key.startswith("controller."):
+            raise ValueError(
+                f"set: {setting.strip()} is for the suite's arms to decide ({key}); accepted: any other recipe setting, or "
+                "`lbw-rl compare RECIPE` with arms and multipliers of your own"
+            )
+
+
+def _key(setting: str) -> str:
+    return setting.partition("=")[0].strip()
 
 
 def _runs_at(contender: Contender, multiplier: float) -> bool:

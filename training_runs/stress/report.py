@@ -14,6 +14,7 @@ from lbw_rl.files import replace_file
 from lbw_rl.training_runs.report_figures import arm_styles, multiplier_label
 from lbw_rl.training_runs.report_page import DESIGN_NOTE, chip, document, figure, legend
 from lbw_rl.training_runs.report_tables import provenance_table
+from lbw_rl.training_runs.report_text import lacking_records, mixed_code
 from lbw_rl.training_runs.results import read_results
 from lbw_rl.training_runs.stress.figures import axis_panel
 from lbw_rl.training_runs.stress.session import STRESS
@@ -78,11 +79,12 @@ def build_stress_report(directory: str | Path) -> Path:
         f"<h3>{escape(family['name'])}</h3>{loss_table(family, chips)}{conduct_table(family, chips)}"
         for family in findings["families"]
     )
+    lacking = {run: files for family in findings["families"] for run, files in family.get("lacking", {}).items()}
     seeds = findings["seeds"]
     body = f"""<h1>The learning-rate axis under stress</h1>
 <p class="sub">Suite {escape(findings["suite"])}: {findings["runs"]} runs · {len(findings["families"])} families ·
 {len(styles)} arms · {seeds} seed{"s" * (seeds > 1)}</p>
-<div class="verdict" role="note" aria-label="Verdict"><p>{_verdict(findings)}</p>{target_table(findings)}</div>
+<div class="verdict" role="note" aria-label="Verdict"><p>{_verdict(findings)}</p>{mixed_code(rows)}{lacking_records(lacking)}{target_table(findings)}</div>
 <section><h2>The source's table beside ours</h2><p>{DESIGN_NOTE}</p>{source_rows(findings)}</section>
 <section><h2>The learning-rate axis</h2>{legend(styles, chips)}
 {figure("Final loss against the learning rate", panels, _AXIS_CAPTION)}</section>

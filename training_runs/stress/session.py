@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -9,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lbw_rl.training_runs.code_version import in_words, runs_by_code, tell_of_other_code
 from lbw_rl.training_runs.folders import prepare_output, write_json
 from lbw_rl.training_runs.grid import Cell, Submit, grid_workers, record_of_corpus, record_of_machine, run_cells
 from lbw_rl.training_runs.results import Results, Row, summarise, write_results
-from lbw_rl.training_runs.run import LEDGER
+from lbw_rl.training_runs.run import LEDGER, SUMMARY
 from lbw_rl.training_runs.stress.conduct import mean_scale
 from lbw_rl.training_runs.stress.measures import measure
 from lbw_rl.training_runs.stress.plan import PLAN, Plan, Setting
@@ -20,7 +22,10 @@ from lbw_rl.training_runs.stress.source import source_table
 from lbw_rl.training_runs.stress.suite import ADAMW, GUARD, MULTIPLIERS, TUNED, Family
 from lbw_rl.training_runs.stress.targets import judge_targets
 from lbw_rl.training_runs.stress.tuning import Tuning
+from lbw_rl.training_runs.whole_record import lacking_lines, tell_of_lacking_lines
 from lbw_rl.training_runs.workers import Backend
+
+log = logging.getLogger("lbw_rl")
 
 STRESS, TUNING = "stress.json", "tuning.json"
 
@@ -72,6 +77,7 @@ def stress(
     """
     folder = prepare_output(out, resume).resolve()
     plan.keep(folder)
+    tell_of_other_code(folder, SUMMARY)
 
     try:
         with grid_workers(folder, backend, workers or plan.suite.workers) as submit:
@@ -139,11 +145,16 @@ class _Continued:
 
 
 def _scales(plan: Plan, family: Family, rows: Sequence[Row], folder: Path) -> dict[str, list[float]]:
-    """Contender → its mean scale at multiplier 1, of those that another one replays."""
+    """Contender → its mean scale at multiplier 1, of those that another one replays and that left a whole ledger."""
     found = {}
     for label in dict.fromkeys(c.replays for c in plan.suite.of(family, plan.budget) if c.replays):
         runs = [r for r in rows if (r.recipe, r.arm, r.lr_multiplier) == (family.name, label, 1.0)]
-        found[label] = mean_scale([folder / r.folder / LEDGER for r in runs])
+        lacking = lacking_lines(folder, runs)
+        whole = [r for r in runs if LEDGER not in lacking.get(r.folder, {})]
+        if whole:
+            found[label] = mean_scale([folder / r.folder / LEDGER for r in whole])
+        elif runs:
+            log.warning("%s: no run of %s left a whole ledger, so none is replayed", family.name, label)
     return found
 
 
@@ -173,8 +184,9 @@ def _findings(plan: Plan, folder: Path, rows: list[Row], tuned: Mapping[str, Any
                 **measure(mine, folder, reference),
             }
         )
+    tell_of_lacking_lines({run: files for family in families for run, files in family["lacking"].items()})
     missing = [f.name for f in plan.suite.families if f not in plan.families]
-    provenance = record_of_machine(command)
+    provenance = {**record_of_machine(command), "code": in_words(runs_by_code(rows))}
     findings = {
         "schema": 1,
         "suite": plan.suite.name,

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from lbw_rl.training_runs.report_figures import multiplier_label
 from lbw_rl.training_runs.report_tables import Record, multiple, number, ratio, table
@@ -177,8 +176,8 @@ def conduct_table(family: Record, chips: Mapping[str, str]) -> str:
     for arm in family["arms"]:
         line = [_name(arm, chips), f"{arm['diverged']} of {arm['runs']}<small>{arm['divergence_rate']:.0%}</small>"]
         if "ratio" in arm:
-            reached = f"<small>reached by {arm['reached']} of {arm['seeds']}</small>"
-            line += [f"{_times(arm['steps_ratio'])}{reached}", f"{_times(arm['seconds_ratio'])}"]
+            reached = f"<small>reached by {arm['reached']} of {arm.get('timed', arm['seeds'])}</small>"
+            line += [f"{_times(arm, 'steps_ratio')}{reached}", _times(arm, "seconds_ratio")]
             line += [f"{number(arm['tokens_per_second'])}", f"{arm['overhead']:.1%}"]
             share = arm["beyond_modulation_share"]
             line += ["–" if share is None else f"{share:.2%}"]
@@ -221,5 +220,7 @@ def _sensitivity(arm: Record | None) -> str:
     return f"{arm['lr_sensitivity']:.3f}{within}"
 
 
-def _times(value: Any) -> str:
-    return "never" if value is None else multiple(value)
+def _times(arm: Record, key: str) -> str:
+    if key not in arm:
+        return "–"  # no record tells
+    return "never" if arm[key] is None else multiple(arm[key])
