@@ -161,7 +161,7 @@ def test_compare_and_report(lbw, small, tmp_path, in_process):
     assert answer.code == 0
     for text in ("AdamW", "clip", "guard", f"report: {folder / 'report.html'}"):
         assert text in answer.out
-    assert re.fullmatch(r"comparing on mini-qwen2: 18/18 \S+ ×\S+: \d\.\d{3}\n", answer.err)
+    assert re.fullmatch(r"comparing on mini-qwen2: 18/18 \[0:00:\d\d elapsed\] \S+ ×\S+: \d\.\d{3}\n", answer.err)
     results = json.loads((folder / "results.json").read_text())
     assert "lbw-rl compare mini-qwen2" in results["summary"]["provenance"]["command"]
 
