@@ -107,7 +107,7 @@ def test_run(lbw, small, tmp_path, monkeypatch):
     )
     assert "of 6 decisions intervened" in answer.out
     assert answer.out.endswith("files: runs/mini-qwen2-pid\n")
-    assert re.fullmatch(r"mini-qwen2 · pid: 6/6 \[0:00:\d\d elapsed\] loss \d\.\d{3}\n", answer.err)
+    assert re.fullmatch(r"mini-qwen2 · pid: 6/6 \[\d:\d\d:\d\d elapsed\] loss \d\.\d{3}\n", answer.err)
 
     assert (
         lbw("run", "mini-qwen2", "--controller", "pid", *small)
@@ -161,7 +161,7 @@ def test_compare_and_report(lbw, small, tmp_path, in_process):
     assert answer.code == 0
     for text in ("AdamW", "clip", "guard", f"report: {folder / 'report.html'}"):
         assert text in answer.out
-    assert re.fullmatch(r"comparing on mini-qwen2: 18/18 \S+ ×\S+: \d\.\d{3}\n", answer.err)
+    assert re.fullmatch(r"comparing on mini-qwen2: 18/18 \[\d:\d\d:\d\d elapsed\] \S+ ×\S+: \d\.\d{3}\n", answer.err)
     results = json.loads((folder / "results.json").read_text())
     assert "lbw-rl compare mini-qwen2" in results["summary"]["provenance"]["command"]
 
@@ -214,7 +214,7 @@ def test_in_a_pipe_standard_output_holds_results_alone(small, tmp_path):
     command = [sys.executable, "-c", "from lbw_rl.cli import main; main()", "run", "mini-qwen2", "--json", *small]
     done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == json.loads((tmp_path / "out/summary.json").read_text())
-    assert re.fullmatch(r"mini-qwen2 · constant: 6/6 \[0:00:\d\d elapsed\] loss \d\.\d{3}\n", done.stderr)
+    assert re.fullmatch(r"mini-qwen2 · constant: 6/6 \[\d:\d\d:\d\d elapsed\] loss \d\.\d{3}\n", done.stderr)
 
 
 # ---- progress

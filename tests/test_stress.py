@@ -128,7 +128,7 @@ def test_progress_in_a_pipe_comes_in_whole_lines_by_stage(suite):
     assert lines
     for line in lines:
         assert re.fullmatch(
-            r"(1/3 tuning AdamW|2/3 grid): \d+/\d+ \[0:\d\d:\d\d elapsed(, 0:\d\d:\d\d left)?\] mini-\S+ · .+ at \S+: loss \d\.\d{3}",
+            r"(1/3 tuning AdamW|2/3 grid): \d+/\d+ \[\d:\d\d:\d\d elapsed(, \d:\d\d:\d\d left)?\] mini-\S+ · .+ at \S+: loss \d\.\d{3}",
             line,
         )
     assert {line[:3] for line in lines} == {"1/3", "2/3"}
