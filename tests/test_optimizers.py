@@ -6,149 +6,25 @@ import math
 
 import pytest
 import torch
+from optimizer_variants import (
+    DECOUPLED,
+    EXCLUDED,
+    GROUP_RATES,
+    LATE,
+    STEPS,
+    VARIANTS,
+    WIDE,
+    Scripted,
+    backward,
+    bits,
+    make_model,
+    make_optimizer,
+    same_bits,
+    step_by_hand,
+)
 
-from lbw_rl import Action, Authority, Controller, Directive, Governor
+from lbw_rl import Action, Directive, Governor
 from lbw_rl.actuator import Actuator
-
-WIDE = Authority(lr_scale=(1e-3, 100.0), momentum_scale=(0.1, 4.0), slew_up=1e6)
-STEPS = 8
-
-# name → class and keyword arguments. Learning rates are those of `GROUP_RATES`.
-VARIANTS = {
-    "Adadelta": (torch.optim.Adadelta, {}),
-    "Adafactor": (torch.optim.Adafactor, {"weight_decay": 0.01}),
-    "Adagrad": (torch.optim.Adagrad, {"weight_decay": 0.01}),
-    "Adam": (torch.optim.Adam, {"weight_decay": 0.01}),
-    "Adamax": (torch.optim.Adamax, {}),
-    "AdamW": (torch.optim.AdamW, {}),
-    "ASGD": (torch.optim.ASGD, {"weight_decay": 0.01}),
-    "Muon": (torch.optim.Muon, {}),
-    "NAdam": (torch.optim.NAdam, {"decoupled_weight_decay": True, "weight_decay": 0.01}),
-    "RAdam": (torch.optim.RAdam, {"decoupled_weight_decay": True, "weight_decay": 0.01}),
-    "RMSprop": (torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
-    "Rprop": (torch.optim.Rprop, {}),
-    "SGD": (torch.optim.SGD, {}),
-    "SGD-momentum": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.1, "weight_decay": 1e-3}),
-    "SGD-nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
-    "SGD-fused": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 1e-3, "fused": True}),
-    "SGD-maximize": (torch.optim.SGD, {"momentum": 0.9, "maximize": True}),
-    "Adagrad-fused": (torch.optim.Adagrad, {"fused": True}),
-    "Adam-decoupled": (torch.optim.Adam, {"decoupled_weight_decay": True, "weight_decay": 0.01}),
-    "Adam-fused": (torch.optim.Adam, {"fused": True, "weight_decay": 0.01}),
-    "AdamW-fused": (torch.optim.AdamW, {"fused": True}),
-    "AdamW-fused-amsgrad": (torch.optim.AdamW, {"fused": True, "amsgrad": True}),
-    "AdamW-amsgrad": (torch.optim.AdamW, {"amsgrad": True}),
-    "AdamW-maximize": (torch.optim.AdamW, {"maximize": True}),
-    "AdamW-tensor-betas": (
-        torch.optim.AdamW,
-        {"betas": (torch.tensor(0.9), torch.tensor(0.999)), "foreach": False},
-    ),
-}
-for _name in (
-    "Adadelta",
-    "Adafactor",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
-    "ASGD",
-    "NAdam",
-    "RAdam",
-    "RMSprop",
-    "SGD",
-):
-    _cls, _options = VARIANTS[_name]
-    VARIANTS[f"{_name}-foreach"] = (_cls, {**_options, "foreach": True})
-
-EXCLUDED = {
-    "Optimizer": "the base class",
-    "LBFGS": "wants a closure: tested by itself below",
-    "SparseAdam": "refuses dense gradients: tested by itself below",
-}
-# Not on a CPU: capturable=True is refused in eager mode ("params … must be on supported devices: cuda, xpu, …"); a
-# compiled step runs it, see test_compile.py. differentiable=True wants parameters that are no leaves: tested below.
-
-GROUP_RATES = (0.02, 0.003)  # of two parameter groups
-
-# Where a scale does not act on the update of its own step.
-LATE = {
-    "ASGD": "keeps its rate in state['eta'], computed at the end of the step before",
-    "ASGD-foreach": "as ASGD",
-    "Rprop": "reads the learning rate once, to set the step sizes of its first step",
-}
-
-
-class Scripted(Controller):
-    """Proposes the given actions in order, then leaves the run alone."""
-
-    name = "scripted"
-
-    def __init__(self, *script):
-        self.script = list(script)
-
-    def reset(self, context):
-        pass
-
-    def act(self, telemetry):
-        return self.script.pop(0) if self.script else Action()
-
-
-def make_model(dtype=torch.float32):
-    torch.manual_seed(1)
-    return torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Tanh(), torch.nn.Linear(12, 3)).to(dtype)
-
-
-def make_optimizer(name, model, rates=GROUP_RATES):
-    cls, options = VARIANTS[name]
-    groups = [{"params": list(layer.parameters()), "lr": lr} for layer, lr in zip((model[0], model[2]), rates)]
-    if cls is torch.optim.Muon:  # matrices only
-        for group in groups:
-            group["params"] = [p for p in group["params"] if p.ndim == 2]
-    return cls(groups, **copy.deepcopy(options))
-
-
-def backward(model, step):
-    model.zero_grad()
-    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step)).to(model[0].weight.dtype)
-    loss = model(x).square().mean()
-    loss.backward()
-    return loss
-
-
-def bits(model, optimizer):
-    return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-
-
-def same_bits(a, b):
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
-    if isinstance(a, tuple | list):
-        return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-def scaled_momentum(momentum, scale):
-    """An averaging horizon 1/(1−β) times `scale`, as a loop written by hand would have it."""
-    return 1.0 - (1.0 - momentum) / scale
-
-
-def step_by_hand(optimizer, lr_scale, momentum_scale=1.0):
-    """What governance does to one step, without it."""
-    before = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr"] * lr_scale
-        if momentum_scale != 1.0 and "betas" in group:
-            group["betas"] = (scaled_momentum(float(group["betas"][0]), momentum_scale), *group["betas"][1:])
-        elif momentum_scale != 1.0 and group.get("momentum"):
-            group["momentum"] = scaled_momentum(group["momentum"], momentum_scale)
-    optimizer.step()
-    for group, saved in zip(optimizer.param_groups, before):
-        group.update(saved)
-
-
-# ---- nothing is left out
 
 
 def test_every_optimizer_of_torch_is_here():
@@ -165,9 +41,6 @@ def test_every_fused_and_every_foreach_implementation_is_here():
         classes = {cls for cls, _ in VARIANTS.values() if flag in inspect.signature(cls).parameters}
         tested = {cls for name, (cls, options) in VARIANTS.items() if options.get(flag) and named in name}
         assert classes - tested <= {torch.optim.Rprop}  # its foreach step reads no rate after the first one
-
-
-# ---- a governed run is the run at the scaled rate
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -279,12 +152,6 @@ def test_groups_that_share_a_tensor_rate_may_be_scaled_apart():
         assert torch.equal(rate, torch.tensor(0.01))
 
 
-# ---- weight decay
-
-
-DECOUPLED = ["AdamW", "AdamW-foreach", "AdamW-fused", "Adam-decoupled", "NAdam", "RAdam", "Muon", "Adafactor"]
-
-
 @pytest.mark.parametrize("name", DECOUPLED)
 def test_decoupled_weight_decay_scales_with_the_learning_rate(name):
     """Analytic: without a gradient every weight obeys w ← w(1 − s·lr·λ), λ being the group's own."""
@@ -322,9 +189,6 @@ def test_l2_decay_scales_with_the_learning_rate(momentum, fused):
     torch.testing.assert_close(w.detach(), expected, rtol=1e-12, atol=1e-15)
 
 
-# ---- skipping
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_skip_changes_no_weight_no_state_and_no_counter_ever(name):
     """Before the first step, and later: the run goes on as if the skipped batches had never come."""
@@ -347,9 +211,6 @@ def test_a_skip_changes_no_weight_no_state_and_no_counter_ever(name):
     assert same_bits(bits(governed, optimizer), bits(plain, reference))
     assert governor.summary()["skips"] == 3
     assert governor.summary()["faults"] == {}
-
-
-# ---- momentum is a horizon
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0, 4.0])
@@ -415,140 +276,3 @@ def test_a_horizon_below_one_step_has_no_memory_and_leaves_none_missing(name):
     assert all(torch.isfinite(p).all() for p in parameters)
     assert all(g["momentum"] == 0.3 for g in optimizer.param_groups)
     assert governor.summary()["faults"] == {}
-
-
-# ---- closures
-
-
-def lbfgs_pair(search):
-    governed, plain = make_model(), make_model()
-    optimizer, reference = (
-        torch.optim.LBFGS(m.parameters(), lr=0.2, max_iter=5, line_search_fn=search) for m in (governed, plain)
-    )
-    return governed, plain, optimizer, reference
-
-
-SEARCH = pytest.mark.parametrize("search", [None, "strong_wolfe"])
-
-
-@SEARCH
-def test_lbfgs_under_an_idle_governor_equals_itself_bit_for_bit(search):
-    """A step of LBFGS runs its closure several times, gradients and all; a decision is made once."""
-    governed, plain, optimizer, reference = lbfgs_pair(search)
-    governor = Governor(optimizer, "constant")
-    for _ in range(4):
-        returned = optimizer.step(lambda: backward(governed, 0))
-        assert torch.equal(returned, reference.step(lambda: backward(plain, 0)))
-    assert same_bits(bits(governed, optimizer), bits(plain, reference))
-    assert governor.summary()["decisions"] == governor.step == 4
-    assert governor.summary()["faults"] == {}
-
-
-@SEARCH
-def test_lbfgs_executes_a_scale_one_step_late(search):
-    """It reads its rate before its closure brings the gradients that a decision needs: what a step executes is the
-    scale of the decision before it, equal to a loop that scales by hand."""
-    scales = [0.5, 1.0, 2.0, 0.25]
-    governed, plain, optimizer, reference = lbfgs_pair(search)
-    governor = Governor(optimizer, Scripted(*[Action(lr_scale=s) for s in scales]), authority=WIDE)
-    for s in [1.0, *scales[:-1]]:
-        returned = optimizer.step(lambda: backward(governed, 0))
-        reference.param_groups[0]["lr"] = 0.2 * s
-        assert torch.equal(returned, reference.step(lambda: backward(plain, 0)))
-    reference.param_groups[0]["lr"] = 0.2
-    assert same_bits(bits(governed, optimizer), bits(plain, reference))
-    assert governor.summary()["faults"] == {}
-
-
-def test_a_skipped_step_of_lbfgs_moves_no_weight():
-    governed, _, optimizer, _ = lbfgs_pair(None)
-    governor = Governor(optimizer, Scripted(Action(), Action(directive=Directive.SKIP)), authority=WIDE)
-    optimizer.step(lambda: backward(governed, 0))
-    before = copy.deepcopy(governed.state_dict())
-    optimizer.step(lambda: backward(governed, 1))
-    assert same_bits(governed.state_dict(), before)
-    optimizer.step(lambda: backward(governed, 2))
-    assert not same_bits(governed.state_dict(), before)
-    assert governor.summary()["skips"] == 1
-    assert governor.summary()["faults"] == {}
-
-
-CLOSURES = ["SGD-momentum", "AdamW", "AdamW-fused", "Adafactor", "Muon"]
-
-
-@pytest.mark.parametrize("name", CLOSURES)
-@pytest.mark.parametrize("by_keyword", [False, True], ids=["positional", "keyword"])
-def test_a_step_with_a_closure_equals_the_loop_that_scales_by_hand(name, by_keyword):
-    """The closure's own backward runs inside the step, after the hook; its loss comes back to the caller."""
-    scales = [1.0, 0.5, 3.0, 0.25]
-    governed, plain = make_model(), make_model()
-    optimizer, reference = make_optimizer(name, governed), make_optimizer(name, plain)
-    governor = Governor(optimizer, Scripted(*[Action(lr_scale=s) for s in scales]), authority=WIDE)
-    for step, s in enumerate(scales):
-
-        def closure(step=step):
-            return backward(governed, step)
-
-        returned = optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)
-        assert torch.equal(returned, backward(plain, step))
-        step_by_hand(reference, s)
-    assert same_bits(bits(governed, optimizer), bits(plain, reference))
-    assert governor.summary()["faults"] == {}
-
-
-@pytest.mark.parametrize("name", CLOSURES)
-def test_a_skipped_step_with_a_closure_moves_no_weight(name):
-    """Skipping is decided before the closure runs; the gradients that it brings must not move anything either."""
-    model = make_model()
-    optimizer = make_optimizer(name, model)
-    governor = Governor(optimizer, Scripted(Action(), Action(directive=Directive.SKIP)), authority=WIDE)
-    optimizer.step(lambda: backward(model, 0))
-    before = bits(model, optimizer)
-    returned = optimizer.step(lambda: backward(model, 1))
-    assert same_bits(bits(model, optimizer), before)
-    assert torch.equal(returned, backward(model, 1))
-    optimizer.step(lambda: backward(model, 2))
-    assert not same_bits(model.state_dict(), before[0])
-    assert governor.summary()["skips"] == 1
-    assert governor.summary()["faults"] == {}
-
-
-# ---- what wants other parameters or gradients
-
-
-def test_sparse_adam_is_governed_as_by_hand():
-    def make():
-        torch.manual_seed(3)
-        table = torch.nn.Embedding(20, 4, sparse=True)
-        return table, torch.optim.SparseAdam(table.parameters(), lr=0.01)
-
-    scales = [1.0, 0.5, 2.0, 4.0]
-    (governed, optimizer), (plain, reference) = make(), make()
-    governor = Governor(optimizer, Scripted(*[Action(lr_scale=s) for s in scales]), authority=WIDE)
-    for step, s in enumerate(scales):
-        for table in (governed, plain):
-            table.zero_grad()
-            table(torch.tensor([step, 3, 3, 7])).square().sum().backward()
-        optimizer.step()
-        step_by_hand(reference, s)
-    assert same_bits(bits(governed, optimizer), bits(plain, reference))
-    assert governor.summary()["faults"] == {}
-
-
-@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
-def test_a_differentiable_step_keeps_its_graph(cls):
-    """Meta-learning: the derivative of the loss after the step with respect to the weights before it."""
-
-    def derivative(governed, s):
-        start = torch.linspace(-1, 1, 6).requires_grad_()
-        weights = start.clone()
-        weights.retain_grad()
-        optimizer = cls([weights], lr=0.1 if governed else 0.1 * s, weight_decay=0.5, differentiable=True)
-        if governed:
-            Governor(optimizer, Scripted(Action(lr_scale=s)), authority=WIDE)
-        weights.grad = torch.linspace(0.1, 0.6, 6)
-        optimizer.step()
-        return torch.autograd.grad(weights.square().sum(), start)[0]
-
-    assert torch.equal(derivative(True, 3.0), derivative(False, 3.0))
-    assert not torch.equal(derivative(True, 3.0), derivative(True, 1.0))
