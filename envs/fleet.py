@@ -159,11 +159,9 @@ class Fleet:
         x = F.embedding(flat, w["embed"].reshape(n * s.vocab, s.width))
         for i in range(s.layers):
             h = self._norm(x, w[f"{i}.attention_norm"])
-            q, k, v = (
-                _linear(h, w[f"{i}.{name}"]).view(n * batch, length, s.heads, -1).transpose(1, 2)
-                for name in ("q", "k", "v")
-            )
-            y = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True)
+            q, k, v = (_linear(h, w[f"{i}.{name}"]).view(n * batch, length, s.width) for name in ("q", "k", "v"))
+            q, k, v = (x.unflatten(-1, (s.heads, -1)).transpose(1, 2) for x in (self._rotate(q), self._rotate(k), v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + _linear(y.transpose(1, 2).reshape(n, batch * length, -1), w[f"{i}.out"])
             h = self._norm(x, w[f"{i}.ffn_norm"])
             x = x + _linear(F.silu(_linear(h, w[f"{i}.gate"])) * _linear(h, w[f"{i}.up"]), w[f"{i}.down"])
@@ -173,14 +171,17 @@ class Fleet:
         return F.rms_norm(x, (self.shape.width,), eps=self.shape.norm_eps) * weight[:, None, :]
 
     def _rotate(self, x: Tensor) -> Tensor:
-        """Rotary positions for x (…, length, head width), neighbouring channels as complex pairs (Su et al. 2104.09864)."""
-        length, width = x.shape[-2:]
+        """Rotary positions for x (…, length, width), neighbouring channels as complex pairs (Su et al. 2104.09864).
+
+        The factors are laid out as x is, all heads side by side, so that a whole sequence is one run of memory.
+        """
+        length, width = x.shape[-2], self.shape.width // self.shape.heads
         if length not in self._rotary:
             frequency = self.shape.rope_theta ** (-torch.arange(0, width, 2) / width)
-            angle = torch.outer(torch.arange(length), frequency)
-            self._rotary[length] = torch.polar(torch.ones_like(angle), angle)
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * self._rotary[length]).flatten(-2)
+            angle = torch.outer(torch.arange(length), frequency).repeat(1, self.shape.heads)
+            self._rotary[length] = torch.polar(torch.ones_like(angle), angle).flatten()
+        pairs = torch.view_as_complex(x.reshape(len(x), -1, 2))
+        return torch.view_as_real(pairs * self._rotary[length]).view_as(x)
 
     def losses(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy of each model in nats per token, shape (n,).
