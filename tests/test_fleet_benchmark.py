@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("stable_baselines3", reason="needs the extra lbw-rl[rl]")
 pytest.importorskip("transformers", reason="needs the extra lbw-rl[hf]")
 
+from lbw_rl.envs.families.catalogue import FAMILIES
 from lbw_rl.envs.fleet import Fleet, FleetShape
 from lbw_rl.envs.proxy_runs import BatchShape
 from lbw_rl.envs.proxy_training import ProxyTrainingVectorEnv
@@ -70,6 +71,19 @@ def test_the_plain_llama_learns_its_batch() -> None:
     assert losses[-1] < losses[0] - 0.01
 
 
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama"])
+def test_every_family_has_a_floor_without_its_preparation(family) -> None:
+    """Forward and backward products of two models; a pretrained model's making is none of them."""
+    training, floor = benchmark._training(FAMILIES[family], 2)
+    with FlopCounterMode(display=False) as whole:
+        training()
+    with FlopCounterMode(display=False) as counted:
+        floor()
+    # The counter knows no fused attention on a CPU: two products forward and four backward, eight sequences of 16.
+    attention = 2 * 6 * 2 * (8 * 16) * 16 * 32 if family in ("qwen2", "lora") else 0
+    assert counted.get_total_flops() == whole.get_total_flops() + attention > 0
+
+
 def test_a_short_benchmark_is_complete_and_resumes(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(benchmark, "BLOCK", 8)
     monkeypatch.setattr(benchmark, "HORIZON", 4)
@@ -103,11 +117,15 @@ def test_a_block_counts_the_model_steps_of_whole_episodes(monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [(["--proxies", "8,none"], "proxies: 'none' must be"), (["--rounds", "0"], "rounds: 0 must be at least 1")],
+    [
+        (["--proxies", "8,none"], "proxies: 'none' must be a whole number, at least 1"),
+        (["--rounds", "0"], "rounds: 0 must be a whole number, at least 1"),
+        (["--family", "gpt"], "family: 'gpt' is unknown; accepted: llama, qwen2, ngram, quadratic, lora"),
+    ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(arguments, complaint, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as caught:
         benchmark.main(["--out", str(tmp_path / "out"), *arguments])
     assert caught.value.code == 2
-    assert complaint.replace(" at least 1", "") in capsys.readouterr().err
+    assert complaint in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()

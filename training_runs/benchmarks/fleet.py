@@ -3,6 +3,7 @@
 ```
 python -m lbw_rl.training_runs.benchmarks.fleet                      # 1, 8 and 64 proxies, about ten minutes
 python -m lbw_rl.training_runs.benchmarks.fleet --proxies 8 --rounds 3
+python -m lbw_rl.training_runs.benchmarks.fleet --family ngram
 ```
 
 **Environments**, signals, held-out losses, restarts and all: a fleet of N proxies, in as many batched programs as
@@ -11,8 +12,8 @@ as many as there are workers. A single-model environment is the fleet's own prog
 do the same work; a block is a whole number of episodes, so that both restart equally often.
 
 **Training alone**, one thread: gradient and AdamW step of N proxies, against the bare matrix products of the same
-gradient (`matmul_floor`), and against one transformers Llama of the same shape under `torch.optim.AdamW`, as a user
-would write a single-model environment.
+gradient (`matmul_floor`), and, for that family, against one transformers Llama of the same shape under
+`torch.optim.AdamW`, as a user would write a single-model environment.
 
 All of them take turns, block by block, each with one torch thread a process. A ratio is the median over rounds of
 neighbouring blocks, with a bootstrap interval over the rounds. `results.json` holds it all, and what is in
@@ -31,7 +32,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,9 +43,13 @@ from rich.table import Table
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from lbw_rl.cli.console import meter, out
-from lbw_rl.envs.fleet import Fleet, FleetShape
+from lbw_rl.envs.families.catalogue import FAMILIES, family
+from lbw_rl.envs.families.family import Family
+from lbw_rl.envs.families.transformer import FleetShape
+from lbw_rl.envs.fleet import Fleet
 from lbw_rl.envs.proxy_runs import BatchShape
 from lbw_rl.envs.proxy_training import ProxyTrainingVectorEnv
+from lbw_rl.envs.tasks import sample_tasks
 from lbw_rl.training_runs.benchmarks.matmul_floor import matmuls_of
 from lbw_rl.training_runs.benchmarks.records import Rows, fingerprint, machine, median_interval
 from lbw_rl.training_runs.benchmarks.single_proxy import SingleProxyEnv, plain_llama
@@ -62,11 +67,12 @@ Contender = Callable[[], int]
 Tick = Callable[[int, int, str], None]
 
 
-def measure(proxies: int, workers: int, rounds: int, progress: Tick | None = None) -> dict[str, Any]:
+def measure(shape: Family, proxies: int, workers: int, rounds: int, progress: Tick | None = None) -> dict[str, Any]:
     """Times every contender at one fleet size.
 
     Args:
-        proxies: number of proxies.
+        shape: family of the proxies.
+        proxies: how many of them.
         workers: processes, or threads of the fleet's, that may compute at a time.
         rounds: blocks of each contender.
         progress: told (rounds done, rounds in all, what is measured).
@@ -75,7 +81,7 @@ def measure(proxies: int, workers: int, rounds: int, progress: Tick | None = Non
         model steps a second of each contender, and the ratios with a 95 % interval.
     """
     with ExitStack() as stack:
-        contenders = _contenders(proxies, workers, stack)
+        contenders = _contenders(shape, proxies, workers, stack)
         for run in contenders.values():
             run()  # warms caches and allocator up
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -87,16 +93,19 @@ def measure(proxies: int, workers: int, rounds: int, progress: Tick | None = Non
                 seconds[name].append((time.perf_counter() - start) / steps)
             if progress is not None:
                 progress(i + 1, rounds, f"{proxies} proxies")
+    ratios = {
+        "fleet / subproc": _ratio(seconds["subproc"], seconds["fleet"]),
+        "fleet / subproc of the workers": _ratio(seconds["subproc of the workers"], seconds["fleet"]),
+        "training time / floor time": _ratio(seconds["training"], seconds["floor"]),
+    }
+    if "llama" in seconds:
+        ratios["training / llama"] = _ratio(seconds["llama"], seconds["training"])
     return {
+        "family": shape.name,
         "proxies": proxies,
         "rounds": rounds,
         "steps_per_second": {name: 1.0 / median(each) for name, each in seconds.items()},
-        "ratios": {
-            "fleet / subproc": _ratio(seconds["subproc"], seconds["fleet"]),
-            "fleet / subproc of the workers": _ratio(seconds["subproc of the workers"], seconds["fleet"]),
-            "training / llama": _ratio(seconds["llama"], seconds["training"]),
-            "training time / floor time": _ratio(seconds["training"], seconds["floor"]),
-        },
+        "ratios": ratios,
     }
 
 
@@ -105,38 +114,40 @@ def _ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
     return {"median": median(pairs), "interval_95": median_interval(pairs)}
 
 
-def _contenders(proxies: int, workers: int, stack: ExitStack) -> dict[str, Contender]:
+def _contenders(shape: Family, proxies: int, workers: int, stack: ExitStack) -> dict[str, Contender]:
     """Name → block; what has to be closed goes on `stack`."""
     parts = [len(part) for part in np.array_split(np.arange(proxies), min(workers, proxies))]
+    # The task's split has no bearing on its cost; this one has tasks of every family but the quadratic's.
+    split = "train" if shape.name == "quadratic" else "test"
+    settings: dict[str, Any] = {
+        "shape": shape,
+        "horizon": (HORIZON, HORIZON),
+        "decide_every": DECIDE_EVERY,
+        "split": split,
+    }
+    single = partial(SingleProxyEnv, base_run=False, **settings)
     vectors: dict[str, VecEnv] = {
-        "fleet": FleetVecEnv([ProxyTrainingVectorEnv(n, **_settings()) for n in parts]),
-        "subproc": SubprocVecEnv([_single] * proxies),
+        "fleet": FleetVecEnv([ProxyTrainingVectorEnv(n, base_run=False, **settings) for n in parts]),
+        "subproc": SubprocVecEnv([single] * proxies),
     }
     if workers != proxies:
-        vectors["subproc of the workers"] = SubprocVecEnv([_single] * workers)
+        vectors["subproc of the workers"] = SubprocVecEnv([single] * workers)
     else:
         vectors["subproc of the workers"] = vectors["subproc"]
     for vector in dict.fromkeys(vectors.values()):
         stack.callback(vector.close)
         vector.seed(0)
         vector.reset()
-    training, floor = _training(proxies)
-    llama = plain_llama(FleetShape(), BatchShape())
+    training, floor = _training(shape, proxies)
     steps = max(1, BLOCK // proxies)
-    return {
+    contenders = {
         **{name: _episodes(vector) for name, vector in vectors.items()},
         "training": _repeated(training, steps, proxies),
         "floor": _repeated(floor, steps, proxies),
-        "llama": _repeated(llama, BLOCK, 1),
     }
-
-
-def _settings() -> dict[str, Any]:
-    return {"horizon": (HORIZON, HORIZON), "decide_every": DECIDE_EVERY, "base_run": False}
-
-
-def _single() -> SingleProxyEnv:
-    return SingleProxyEnv(**_settings())
+    if isinstance(shape, FleetShape) and shape.name == "llama":
+        contenders["llama"] = _repeated(plain_llama(shape, BatchShape()), BLOCK, 1)
+    return contenders
 
 
 def _episodes(vector: VecEnv) -> Contender:
@@ -152,19 +163,20 @@ def _episodes(vector: VecEnv) -> Contender:
     return run
 
 
-def _training(proxies: int) -> tuple[Callable[[], object], Callable[[], object]]:
+def _training(shape: Family, proxies: int) -> tuple[Callable[[], object], Callable[[], object]]:
     """A training step of the fleet, and the matrix products in it."""
-    fleet, batch = Fleet(proxies), BatchShape()
+    fleet = Fleet(proxies, shape)
     fleet.reset(range(proxies), [np.random.default_rng(i) for i in range(proxies)])
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(fleet.shape.vocab, (proxies, batch.sequences, batch.length + 1), generator=generator)
+    task = sample_tasks(np.random.default_rng(0), 1, model=shape.name)
+    batch, _ = shape.data(task, proxies, BatchShape(), None)  # as many batches as models
     lr, beta1, beta2, decay = (np.full(proxies, value) for value in (1e-3, 0.9, 0.99, 0.01))
 
     def step() -> None:
-        fleet.backward(tokens)
+        fleet.backward(batch)
         fleet.step(lr, beta1, beta2, weight_decay=decay)
 
-    return step, matmuls_of(lambda: fleet.backward(tokens))
+    step()  # what is made once, such as a pretrained model, is no part of it
+    return step, matmuls_of(lambda: fleet.backward(batch))
 
 
 def _repeated(step: Callable[[], object], times: int, models: int) -> Contender:
@@ -180,6 +192,7 @@ def benchmark(
     folder: str | Path,
     proxies: Sequence[int] = PROXIES,
     *,
+    shape: Family | None = None,
     workers: int = 2,
     rounds: int = 9,
     progress: Tick | None = None,
@@ -189,6 +202,7 @@ def benchmark(
     Args:
         folder: for `results.jsonl`, one line a row, and `results.json`.
         proxies: fleet sizes.
+        shape: family of the proxies; by default the default proxy.
         workers: processes, or threads of the fleet's, that may compute at a time.
         rounds: blocks of each contender.
         progress: told (rounds done, rounds in all, which row) as it goes.
@@ -198,9 +212,10 @@ def benchmark(
     """
     folder = Path(folder)
     rows, here = Rows(folder / "results.jsonl"), machine(threads=1)
+    shape = shape or FleetShape()
     settings = {
-        "shape": asdict(FleetShape()),
-        "batch": asdict(BatchShape()),
+        "shape": repr(shape),
+        "batch": repr(BatchShape()),
         "horizon": HORIZON,
         "decide_every": DECIDE_EVERY,
         "workers": workers,
@@ -213,7 +228,7 @@ def benchmark(
         for n in proxies:
             # Times of another machine are no part of this measurement.
             key = fingerprint([n, rounds, BLOCK, settings, here["cpu"], here["cores"]])
-            finished.append(rows.get(key) or rows.add(key, measure(n, workers, rounds, progress)))
+            finished.append(rows.get(key) or rows.add(key, measure(shape, n, workers, rounds, progress)))
     finally:
         torch.set_num_threads(before)
     results = {"benchmark": "fleet", "machine": here, "settings": settings, "rows": finished}
@@ -241,6 +256,7 @@ def table(results: dict[str, Any]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures what the command line names and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="llama", help=f"one of {', '.join(FAMILIES)} (%(default)s)")
     parser.add_argument("--proxies", default=",".join(map(str, PROXIES)), help="fleet sizes (%(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="that compute at a time (%(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="blocks of each contender (%(default)s)")
@@ -248,11 +264,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         sizes = [_positive("proxies", text) for text in args.proxies.split(",")]
+        shape = family(args.family)
         workers, rounds = _positive("workers", args.workers), _positive("rounds", args.rounds)
     except ValueError as error:
         parser.error(str(error))
     with meter("fleet") as bar:
-        results = benchmark(args.out, sizes, workers=workers, rounds=rounds, progress=bar.update)
+        results = benchmark(args.out, sizes, shape=shape, workers=workers, rounds=rounds, progress=bar.update)
     out.print(table(results))
     out.print(f"{args.out / 'results.json'}")
 
