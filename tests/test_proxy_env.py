@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,13 +18,10 @@ from lbw_rl.authority import Authority
 from lbw_rl.envs.fleet import FleetShape
 from lbw_rl.envs.held_out_gain import DIVERGED_DECISIONS, DivergenceWatch, HeldOutGain
 from lbw_rl.envs.interface import DEFAULT_AUTHORITY, command
-from lbw_rl.envs.languages import CORPORA, draw_tokens
-from lbw_rl.envs.optim import schedule_multiplier
 from lbw_rl.envs.proxy_runs import BatchShape
 from lbw_rl.envs.proxy_training import ProxyTrainingVectorEnv
-from lbw_rl.envs.recipe import ScheduleSpec
 from lbw_rl.envs.synthetic_device import SyntheticDevice
-from lbw_rl.envs.tasks import SCHEDULES, TRAINING_CORPORA, TUNED_LR, Tasks, sample_tasks
+from lbw_rl.envs.tasks import sample_tasks
 from lbw_rl.features import FEATURES
 from lbw_rl.signals import SIGNALS
 
@@ -338,53 +334,3 @@ def test_synthetic_device_goes_missing_and_is_reproducible() -> None:
     missing = np.isnan(a).mean(axis=0)  # signal × run
     assert (missing == 1.0).any()  # a sensor that is not there
     assert ((missing > 0.0) & (missing < 0.5)).any()  # one that skips
-
-
-# -- tasks -------------------------------------------------------------------------------------------
-
-
-def test_tasks_cover_the_stated_distribution() -> None:
-    tasks = sample_tasks(np.random.default_rng(0), 4000, multiple=4)
-    tuned = tasks.lr_error == 1.0
-    assert tuned.mean() == pytest.approx(0.3, abs=0.03)
-    errors = np.log10(tasks.lr_error[~tuned])
-    assert errors.min() >= -2.0
-    assert errors.max() <= 2.0
-    assert errors.mean() == pytest.approx(0.0, abs=0.1)
-    assert tasks.lr == pytest.approx(TUNED_LR * tasks.lr_error)
-    assert (tasks.horizon % 4 == 0).all()
-    assert tasks.horizon.min() == 48
-    assert tasks.horizon.max() == 128
-    assert (tasks.warmup <= 0.1 * tasks.horizon + 1).all()
-    assert set(tasks.schedule) == set(range(len(SCHEDULES)))
-    assert {CORPORA[i] for i in tasks.corpus} == set(TRAINING_CORPORA)
-    assert len(set(tasks.seed)) == 4000
-
-
-def test_schedules_are_those_of_the_recipes() -> None:
-    tasks = sample_tasks(np.random.default_rng(1), 24)
-    for i in range(24):
-        spec = ScheduleSpec(name=SCHEDULES[tasks.schedule[i]], warmup_steps=int(tasks.warmup[i]))  # type: ignore[arg-type]
-        expected = schedule_multiplier(spec, int(tasks.horizon[i]))
-        one: Tasks = tasks.take(np.array([i]))
-        for step in range(int(tasks.horizon[i]) + 1):
-            assert one.learning_rate(np.array([step]))[0] == pytest.approx(one.lr[0] * expected(step), abs=1e-12)
-
-
-@pytest.mark.parametrize("corpus", [c for c in CORPORA if c != "file"])
-def test_languages_can_be_learned(corpus: str) -> None:
-    """Their bigrams carry much less entropy than their single tokens, which carry less than uniform ones."""
-    train, held_out = draw_tokens(corpus, np.random.default_rng(0), 2000, 4, 17, 64)
-    assert train.shape == (2000, 17)
-    assert held_out.shape == (4, 17)
-    assert 0 <= train.min() <= train.max() < 64
-    pairs = np.zeros((64, 64))
-    np.add.at(pairs, (train[:, :-1].ravel(), train[:, 1:].ravel()), 1.0)
-    joint = pairs / pairs.sum()
-    first = joint.sum(1)
-    entropy = -(first[first > 0] * np.log(first[first > 0])).sum()
-    conditional = -(joint[joint > 0] * np.log(joint[joint > 0])).sum() - entropy
-    assert entropy < math.log(64) - 0.1
-    assert conditional < entropy - 0.4
-    same, _ = draw_tokens(corpus, np.random.default_rng(0), 2000, 4, 17, 64)
-    assert np.array_equal(train, same)
