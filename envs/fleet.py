@@ -1,9 +1,8 @@
-"""N small transformer language models trained as one program.
+"""N small models trained as one program.
 
-The models have the Llama architecture (RMSNorm, rotary positions, SwiGLU, causal attention, tied
-embedding) with a leading model axis on every tensor, so that one `bmm` serves the whole fleet. All
-parameters live in one flat buffer (and all gradients in another), which makes AdamW a dozen
-whole-fleet kernels with a learning rate and betas per model.
+Every tensor has a leading model axis, so that one `bmm` serves many models. All parameters live in one flat buffer
+(and all gradients in another), which makes AdamW a dozen whole-fleet kernels with a learning rate and betas per model.
+What the models are is told by a family (`lbw_rl.envs.families`).
 """
 
 from __future__ import annotations
@@ -14,50 +13,20 @@ from math import prod
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from lbw_rl.envs.families.family import Family
+from lbw_rl.envs.families.transformer import FleetShape
+
+__all__ = ["AdamWState", "Fleet", "FleetShape", "FloatArray"]
 
 FloatArray = NDArray[np.float64]
 
 _ALIGNMENT = 64  # floats; every model starts on a SIMD boundary, so equal models take equal code paths
-
-
-@dataclass(frozen=True, slots=True)
-class FleetShape:
-    """The architecture that all models of a fleet share.
-
-    `init_std` and `rope_theta` default to those of transformers' `LlamaConfig`, so that a proxy starts
-    from weights of the same size as a large run and its update/weight ratio means the same.
-    """
-
-    vocab: int = 64
-    width: int = 32
-    layers: int = 1
-    heads: int = 2
-    ffn: int = 64
-    init_std: float = 0.02
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.width % (2 * self.heads):
-            raise ValueError(f"width={self.width} must be a multiple of 2·heads={2 * self.heads} (rotary pairs)")
-
-    def parameters(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and shape (out, in) of every parameter of one model, matrices first."""
-        d, f = self.width, self.ffn
-        yield "embed", (self.vocab, d)
-        for i in range(self.layers):
-            for name in ("q", "k", "v", "out"):
-                yield f"{i}.{name}", (d, d)
-            yield f"{i}.gate", (f, d)
-            yield f"{i}.up", (f, d)
-            yield f"{i}.down", (d, f)
-        for i in range(self.layers):
-            yield f"{i}.attention_norm", (d,)
-            yield f"{i}.ffn_norm", (d,)
-        yield "norm", (d,)
+_GROUP = 16
+"""Models per forward and backward pass: more would gain no speed, and their activations would be so large that malloc
+hands the memory back to the system and pays for it anew at every step."""
 
 
 class AdamWState:
@@ -76,50 +45,71 @@ class AdamWState:
         self.steps[rows] = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The models in `rows`: name → parameters and gradients, views into the fleet's buffers."""
+
+    rows: slice
+    parameters: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
 class Fleet:
-    """`n` models of one shape, each with its own weights, data and AdamW hyper-parameters.
+    """`n` models of one family, each with its own weights, data and AdamW hyper-parameters.
 
     Attributes:
+        shape: the family.
         weights: all parameters, shape (n, p); the parameters of the program are views into it.
         grads: their gradients after `backward`, shape (n, p).
         matrices: number of leading columns of `weights` that belong to weight matrices.
         size: number of leading columns that hold parameters at all (the rest is padding, always 0).
     """
 
-    def __init__(self, n: int, shape: FleetShape | None = None) -> None:
+    def __init__(self, n: int, shape: Family | None = None) -> None:
         self.n = n
-        self.shape = shape or FleetShape()
-        layout = dict(self.shape.parameters())
-        self.matrices = sum(prod(s) for s in layout.values() if len(s) == 2)
-        self.size = sum(prod(s) for s in layout.values())
+        self.shape: Family = shape or FleetShape()
+        self._layout = dict(self.shape.parameters())
+        self.matrices = sum(prod(s) for s in self._layout.values() if len(s) == 2)
+        self.size = sum(prod(s) for s in self._layout.values())
         columns = -(-self.size // _ALIGNMENT) * _ALIGNMENT
         self.weights = torch.zeros(n, columns)
         self.grads = torch.zeros(n, columns)
         self.optimizer = AdamWState(n, columns)
         self._scratch = torch.empty(n, columns)
-        self._parameters: dict[str, Tensor] = {}
-        self._gradients: list[Tensor] = []
+        self._groups = [self._group(slice(first, min(first + _GROUP, n))) for first in range(0, n, _GROUP)]
+
+    def _group(self, rows: slice) -> _Group:
+        parameters = {name: value.requires_grad_() for name, value in self._views(self.weights[rows])}
+        return _Group(rows, parameters, dict(self._views(self.grads[rows])))
+
+    def _views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Name and view, shape (models, …), of every parameter in a buffer of shape (models, p)."""
         start = 0
-        for name, shape_ in layout.items():
-            stop = start + prod(shape_)
-            self._parameters[name] = self.weights[:, start:stop].view(n, *shape_).requires_grad_()
-            self._gradients.append(self.grads[:, start:stop].view(n, *shape_))
+        for name, shape in self._layout.items():
+            stop = start + prod(shape)
+            yield name, flat[:, start:stop].view(-1, *shape)
             start = stop
-        self._rotary: dict[int, Tensor] = {}
 
     # -- starting ------------------------------------------------------------------------------------
 
-    def reset(self, rows: Sequence[int], generators: Sequence[np.random.Generator]) -> None:
+    def reset(
+        self,
+        rows: Sequence[int],
+        generators: Sequence[np.random.Generator],
+        scales: FloatArray | None = None,
+    ) -> None:
         """Starts the models in `rows` afresh (weights and optimizer) and leaves the others untouched.
 
         Args:
             rows: indices of the models.
-            generators: one per row; each draws its model's weights, normal(0, `init_std`), norms at 1.
+            generators: one per row; each draws its model's weights as the family says.
+            scales: multiples of the drawn matrices, one per row; 1 if left out.
         """
-        for row, generator in zip(rows, generators, strict=True):
-            draw = generator.standard_normal(self.matrices, dtype=np.float32) * np.float32(self.shape.init_std)
-            self.weights.data[row, : self.matrices] = torch.from_numpy(draw)
-            self.weights.data[row, self.matrices : self.size] = 1.0
+        scales = np.ones(len(rows)) if scales is None else scales
+        for row, generator, scale in zip(rows, generators, scales, strict=True):
+            self.weights[row, : self.size] = torch.from_numpy(self.shape.draw(generator))
+            if scale != 1.0:
+                self.weights[row, : self.matrices] *= scale
         self.optimizer.reset(rows)
 
     def copy(self, rows: Sequence[int]) -> Fleet:
@@ -143,75 +133,30 @@ class Fleet:
         self.grads[torch.as_tensor(rows, dtype=torch.long)] = other.grads
 
     def _buffers(self) -> tuple[Tensor, ...]:
-        return self.weights.data, self.grads, self.optimizer.mean, self.optimizer.square
+        return self.weights, self.grads, self.optimizer.mean, self.optimizer.square
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor, shape (n, …), of every parameter."""
-        return iter(self._parameters.items())
+        return self._views(self.weights)
 
-    # -- the model -----------------------------------------------------------------------------------
+    # -- the models ----------------------------------------------------------------------------------
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Next-token logits.
-
-        Args:
-            tokens: int64, shape (n, batch, length).
-
-        Returns:
-            Shape (n, batch · length, vocab).
-        """
-        n, batch, length = tokens.shape
-        w, s = self._parameters, self.shape
-        flat = tokens.reshape(n, -1) + torch.arange(n)[:, None] * s.vocab
-        x = F.embedding(flat, w["embed"].reshape(n * s.vocab, s.width))
-        for i in range(s.layers):
-            h = self._norm(x, w[f"{i}.attention_norm"])
-            q, k, v = (
-                _linear(h, w[f"{i}.{name}"]).view(n * batch, length, s.heads, -1).transpose(1, 2)
-                for name in ("q", "k", "v")
-            )
-            y = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True)
-            x = x + _linear(y.transpose(1, 2).reshape(n, batch * length, -1), w[f"{i}.out"])
-            h = self._norm(x, w[f"{i}.ffn_norm"])
-            x = x + _linear(F.silu(_linear(h, w[f"{i}.gate"])) * _linear(h, w[f"{i}.up"]), w[f"{i}.down"])
-        return _linear(self._norm(x, w["norm"]), w["embed"])
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.shape.width,), eps=self.shape.norm_eps) * weight[:, None, :]
-
-    def _rotate(self, x: Tensor) -> Tensor:
-        """Rotary positions for x (…, length, head width), neighbouring channels as complex pairs (Su et al. 2104.09864)."""
-        length, width = x.shape[-2:]
-        if length not in self._rotary:
-            frequency = self.shape.rope_theta ** (-torch.arange(0, width, 2) / width)
-            angle = torch.outer(torch.arange(length), frequency)
-            self._rotary[length] = torch.polar(torch.ones_like(angle), angle)
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * self._rotary[length]).flatten(-2)
-
-    def losses(self, tokens: Tensor) -> Tensor:
-        """Mean cross-entropy of each model in nats per token, shape (n,).
-
-        Args:
-            tokens: int64, shape (n, batch, length + 1); position t predicts position t + 1.
-        """
-        logits = self.logits(tokens[:, :, :-1])
-        target = tokens[:, :, 1:].reshape(-1)
-        return F.cross_entropy(logits.flatten(0, 1), target, reduction="none").view(self.n, -1).mean(1)
-
-    def evaluate(self, tokens: Tensor) -> FloatArray:
-        """`losses` without gradients, as float64 numpy."""
+    def evaluate(self, batch: Tensor) -> FloatArray:
+        """Mean loss of each model on its own batch, shape (n, …), as its family defines both; float64, shape (n,)."""
         with torch.no_grad():
-            return self.losses(tokens).double().numpy()
+            losses = [self.shape.losses(group.parameters, batch[group.rows]) for group in self._groups]
+        return torch.cat(losses).double().numpy()
 
-    def backward(self, tokens: Tensor) -> FloatArray:
-        """Fills `grads` with each model's gradient on its own tokens; returns the losses as `evaluate` does."""
-        losses = self.losses(tokens)
-        for mine, new in zip(
-            self._gradients, torch.autograd.grad(losses.sum(), list(self._parameters.values())), strict=True
-        ):
-            mine.copy_(new)
-        return losses.detach().double().numpy()
+    def backward(self, batch: Tensor) -> FloatArray:
+        """Fills `grads` with each model's gradient on its own batch; returns the losses as `evaluate` does."""
+        losses = []
+        for group in self._groups:
+            each = self.shape.losses(group.parameters, batch[group.rows])
+            new = torch.autograd.grad(each.sum(), list(group.parameters.values()))
+            for mine, gradient in zip(group.gradients.values(), new, strict=True):
+                mine.copy_(gradient)
+            losses.append(each.detach())
+        return torch.cat(losses).double().numpy()
 
     def grad_norms(self) -> FloatArray:
         """L2 norm of each model's gradient, shape (n,)."""
@@ -252,13 +197,8 @@ class Fleet:
         torch.div(state.mean, scratch, out=scratch)
         scratch.mul_(_column(lr / (1.0 - beta1**state.steps)))
         if np.any(weight_decay):
-            self.weights.data.mul_(_column(1.0 - lr * weight_decay))
-        self.weights.data.sub_(scratch)
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (n, rows, in) times weight (n, out, in), transposed."""
-    return torch.bmm(x, weight.transpose(1, 2))
+            self.weights.mul_(_column(1.0 - lr * weight_decay))
+        self.weights.sub_(scratch)
 
 
 def _column(values: FloatArray) -> Tensor:

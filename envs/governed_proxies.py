@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lbw_rl.action import Action, Directive
 from lbw_rl.authority import Authority
 from lbw_rl.controller import Context, Controller
-from lbw_rl.envs.fleet import FleetShape, FloatArray
+from lbw_rl.envs.fleet import FloatArray
 from lbw_rl.envs.fleet_signals import FleetProbe
 from lbw_rl.envs.interface import command
 from lbw_rl.envs.proxy_runs import ProxyData, ProxyRuns
@@ -29,17 +29,14 @@ class GovernedProxies:
     that sees the run's telemetry, and an action is a pair of multiples of what it proposes (`lbw_rl.steering`).
 
     Args:
-        data: tasks and tokens of the runs.
-        shape: of their models.
+        data: tasks and data of the runs.
         authority: what every executed action is held to.
         decide_every: optimizer steps per decision.
         rule: name of a rule-based controller, or None.
     """
 
-    def __init__(
-        self, data: ProxyData, shape: FleetShape, authority: Authority, decide_every: int, rule: str | None
-    ) -> None:
-        self.runs = ProxyRuns(data, shape)
+    def __init__(self, data: ProxyData, authority: Authority, decide_every: int, rule: str | None) -> None:
+        self.runs = ProxyRuns(data)
         self.authority, self.decide_every = authority, decide_every
         self._probe = FleetProbe(self.runs.fleet)
         n = self.runs.fleet.n
@@ -63,6 +60,7 @@ class GovernedProxies:
                         decide_every=self.decide_every,
                         authority=self.authority,
                         weights=self.runs.fleet.matrices,
+                        low_rank=self.runs.data.family.name == "lora",
                         momentum=float(tasks.beta1[row]),
                     )
                 )

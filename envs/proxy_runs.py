@@ -4,66 +4,60 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lbw_rl.actuator import scaled_decay
-from lbw_rl.envs.fleet import Fleet, FleetShape, FloatArray
-from lbw_rl.envs.tasks import Tasks, draw_tokens, sample_tasks
+from lbw_rl.envs.families.family import Family
+from lbw_rl.envs.fleet import Fleet, FloatArray
+from lbw_rl.envs.proxy_data import BatchShape
+from lbw_rl.envs.tasks import MODELS, WEIGHTS, IntArray, Tasks, sample_tasks
 
-_LANGUAGE, _WEIGHTS = 0, 1  # streams of a task's seed
-
-
-@dataclass(frozen=True, slots=True)
-class BatchShape:
-    """What one step trains on: `sequences` of `length` tokens; `held_out` sequences are kept for evaluation."""
-
-    sequences: int = 8
-    length: int = 16
-    held_out: int = 8
+__all__ = ["BatchShape", "ProxyData", "ProxyRuns"]
 
 
 class ProxyData:
-    """The tasks of `n` runs and their tokens; governed runs and base runs read the same one.
+    """The tasks of `n` runs and their data; governed runs and base runs read the same one.
+
+    Args:
+        n: number of runs.
+        steps: longest run.
+        family: of the runs' models.
+        shape: sizes of the batches.
+        text: file of the corpus "file".
 
     Attributes:
         tasks: the tasks, n of them.
-        batches: training tokens, int64, shape (n, steps + 1, sequences, length + 1).
-        held_out: evaluation tokens, int64, shape (n, held_out, length + 1).
+        batches: training data, shape (n, steps + 1, …); `Family.losses` takes one step of it.
+        held_out: evaluation data, shape (n, …).
     """
 
-    def __init__(self, n: int, steps: int, vocab: int, shape: BatchShape) -> None:
-        self.shape, self.vocab = shape, vocab
-        self.tasks = sample_tasks(np.random.default_rng(0), n)
-        self.batches = torch.zeros(n, steps + 1, shape.sequences, shape.length + 1, dtype=torch.long)
-        self.held_out = torch.zeros(n, shape.held_out, shape.length + 1, dtype=torch.long)
+    def __init__(self, n: int, steps: int, family: Family, shape: BatchShape, text: Path | None = None) -> None:
+        self.family, self.shape, self.text = family, shape, text
+        self.tasks = sample_tasks(np.random.default_rng(0), n, model=family.name)
+        train, held_out = family.data(self.tasks.take(np.array([0])), 1, shape, None)
+        self.batches = train.new_zeros(n, steps + 1, *train.shape[1:])
+        self.held_out = held_out.new_zeros(n, *held_out.shape)
 
     def put(self, rows: Sequence[int], tasks: Tasks) -> None:
-        """Gives the runs in `rows` new tasks and draws their tokens.
+        """Gives the runs in `rows` new tasks and draws their data.
 
         Raises:
-            ValueError: a horizon longer than the buffer.
+            ValueError: a horizon longer than the buffer, or tasks of another family.
         """
         steps = self.batches.shape[1] - 1
         if tasks.horizon.max() > steps:
             raise ValueError(f"tasks.horizon {tasks.horizon.max()} exceeds the {steps} steps that data is kept for")
+        if (tasks.model != MODELS.index(self.family.name)).any():
+            raise ValueError(f"tasks.model {tasks.model} must be {MODELS.index(self.family.name)} ({self.family.name})")
         for i, row in enumerate(rows):
-            self.tasks.put(row, tasks.take(np.array([i])))
-            rng = np.random.default_rng([int(tasks.seed[i]), _LANGUAGE])
-            needed = int(tasks.horizon[i]) + 1  # one more batch for the last observation
-            train, test = draw_tokens(
-                int(tasks.corpus[i]),
-                rng,
-                needed * self.shape.sequences,
-                self.shape.held_out,
-                self.shape.length + 1,
-                self.vocab,
-            )
-            self.batches[row, :needed] = torch.from_numpy(train).view(needed, self.shape.sequences, -1)
-            self.held_out[row] = torch.from_numpy(test)
+            task = tasks.take(np.array([i]))
+            self.tasks.put(row, task)
+            needed = int(task.horizon[0]) + 1  # one more batch for the last observation
+            self.batches[row, :needed], self.held_out[row] = self.family.data(task, needed, self.shape, self.text)
 
     def take(self, rows: Sequence[int]) -> ProxyData:
         """Tasks and tokens of `rows`, copied."""
@@ -84,18 +78,18 @@ class ProxyRuns:
     between `backward` and `step`.
     """
 
-    def __init__(self, data: ProxyData, shape: FleetShape) -> None:
+    def __init__(self, data: ProxyData) -> None:
         n = len(data.tasks)
         self.data = data
-        self.fleet = Fleet(n, shape)
+        self.fleet = Fleet(n, data.family)
         self.step = np.zeros(n, dtype=np.int64)
         self.losses = np.zeros(n)
 
     def start(self, rows: Sequence[int]) -> None:
         """Starts the runs in `rows` from their tasks' weights; the others stay where they are."""
-        seeds = self.data.tasks.seed[list(rows)]
-        self.fleet.reset(rows, [np.random.default_rng([int(seed), _WEIGHTS]) for seed in seeds])
-        self.step[list(rows)] = 0
+        tasks = self.data.tasks
+        self.fleet.reset(rows, [tasks.generator(row, WEIGHTS) for row in rows], tasks.init_scale[list(rows)])
+        self.step[list(rows)] = 0  # where no task has a fault yet
         if len(rows) == self.fleet.n:
             self.losses = self.fleet.backward(self._batch())
         else:
@@ -132,7 +126,7 @@ class ProxyRuns:
 
     def backward(self) -> None:
         """The gradient of the next batch."""
-        self.losses = self.fleet.backward(self._batch())
+        self.losses = _backward(self.fleet, self._batch(), self.data.tasks, self.step)
 
     def held_out_losses(self, rows: Sequence[int] | None = None) -> FloatArray:
         """Mean nats per token on each task's held-out tokens, shape (n,) or (len(rows),)."""
@@ -146,3 +140,12 @@ class ProxyRuns:
         part.data, part.fleet = self.data.take(rows), self.fleet.copy(rows)
         part.step, part.losses = self.step[list(rows)].copy(), self.losses[list(rows)].copy()
         return part
+
+
+def _backward(fleet: Fleet, batch: Tensor, tasks: Tasks, step: IntArray) -> FloatArray:
+    """Gradients and losses of the step at hand, bursts included."""
+    losses = fleet.backward(batch)
+    factor = tasks.gradient_factor(step)
+    if (burst := np.flatnonzero(factor != 1.0)).size:
+        fleet.grads[torch.from_numpy(burst)] *= torch.from_numpy(factor[burst].astype(np.float32))[:, None]
+    return losses

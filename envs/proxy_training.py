@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,15 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from lbw_rl.authority import Authority
+from lbw_rl.envs.families.family import Family
 from lbw_rl.envs.fleet import FleetShape, FloatArray
 from lbw_rl.envs.governed_proxies import Arrays, GovernedProxies
 from lbw_rl.envs.held_out_gain import DivergenceWatch, HeldOutGain
 from lbw_rl.envs.interface import DEFAULT_AUTHORITY, action_space, observation_space
 from lbw_rl.envs.proxy_runs import BatchShape, ProxyData
+from lbw_rl.envs.splits import corpora_of
 from lbw_rl.envs.synthetic_device import SyntheticDevice
-from lbw_rl.envs.tasks import LR_ERROR, WELL_TUNED, Tasks, sample_tasks
+from lbw_rl.envs.tasks import LR_ERROR, PLAIN, WELL_TUNED, Tasks, Variety, sample_tasks
 from lbw_rl.features import FeatureTracker
 
 Mask = NDArray[np.bool_]
@@ -27,11 +30,13 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
     """
     ## Description
 
-    Each sub-environment is one training run of a small language model (Llama architecture, about 12,000
-    parameters) under AdamW, on a task drawn anew for every episode: a synthetic language or the characters of
-    Python's documentation, a learning-rate schedule, betas, clipping, a horizon, and above all a learning rate
-    that is wrong by up to a hundredfold either way. The agent multiplies the scheduled learning rate and the
-    momentum's averaging horizon. All runs are advanced as one batched program.
+    Each sub-environment is one training run of a small model (by default a language model of Llama architecture,
+    about 12,000 parameters) under AdamW, on a task drawn anew for every episode: a synthetic language or the
+    characters of a text, a learning-rate schedule, betas, clipping, a horizon, and above all a learning rate that
+    is wrong by up to a hundredfold either way; on request also batch size, initial scale, label noise and faults.
+    The agent multiplies the scheduled learning rate and the momentum's averaging horizon. All runs are of one
+    family of models and advanced as one batched program; environments of several families go side by side into
+    `lbw_rl.training_runs.fleet_vec_env.FleetVecEnv`.
 
     ## Action Space
 
@@ -122,7 +127,10 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
     - `lr_error`, `well_tuned`: range of the learning-rate error, and the share of tasks without one.
     - `base_run`: whether a base run accompanies every governed one.
     - `rule`: name of the controller that actions are relative to; None for the bare optimizer.
-    - `shape`, `batch`: architecture of the models; sizes of their batches.
+    - `shape`, `batch`: family of the models (`lbw_rl.envs.families`) and its sizes; sizes of their batches.
+    - `variety`: how much the tasks differ otherwise (`lbw_rl.envs.tasks.Variety`): `PLAIN`, `WIDE`, or your own.
+    - `split`: "train", "validation" or "test": disjoint families of tasks (`lbw_rl.envs.splits`).
+    - `text`: path of a UTF-8 file whose characters join the training corpora.
 
     `reset(seed=s)` seeds run i with s + i; a list gives one seed per run. The same seeds and actions give the
     same bits. `reset(options={"tasks": Tasks})` starts the first episode on given tasks, and
@@ -142,8 +150,11 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         well_tuned: float = WELL_TUNED,
         base_run: bool = True,
         rule: str | None = None,
-        shape: FleetShape | None = None,
+        shape: Family | None = None,
         batch: BatchShape | None = None,
+        variety: Variety = PLAIN,
+        split: str = "train",
+        text: str | Path | None = None,
     ) -> None:
         for name, value in (("num_envs", num_envs), ("decide_every", decide_every)):
             if value < 1:
@@ -155,11 +166,23 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.authority, self.decide_every = authority, decide_every
-        self.task_distribution: dict[str, Any] = {"horizon": horizon, "lr_error": lr_error, "well_tuned": well_tuned}
-        shape, batch = shape or FleetShape(), batch or BatchShape()
-        self._data = ProxyData(num_envs, horizon[1] + decide_every, shape.vocab, batch)
-        self._governed = GovernedProxies(self._data, shape, authority, decide_every, rule)
-        self._base = GovernedProxies(self._data, shape, authority, decide_every, rule) if base_run else None
+        file = None if text is None else Path(text)
+        if file is not None and not file.is_file():
+            raise ValueError(f"text={text} is no file; accepted: the path of a UTF-8 text file")
+        family: Family = shape or FleetShape()
+        self.task_distribution: dict[str, Any] = {
+            "horizon": horizon,
+            "multiple": decide_every,
+            "tuned_lr": family.tuned_lr,
+            "lr_error": lr_error,
+            "well_tuned": well_tuned,
+            "model": family.name,
+            "corpora": corpora_of(family.name, split, text=text is not None),
+            "variety": variety,
+        }
+        self._data = ProxyData(num_envs, horizon[1] + decide_every, family, batch or BatchShape(), file)
+        self._governed = GovernedProxies(self._data, authority, decide_every, rule)
+        self._base = GovernedProxies(self._data, authority, decide_every, rule) if base_run else None
         self._device = SyntheticDevice(num_envs)
         self._features = FeatureTracker(num_envs, 1.0)
         self._generators: list[np.random.Generator] | None = None
@@ -202,7 +225,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         generators = self._of(rows)
         if tasks is None:
             for row, rng in zip(rows, generators, strict=True):
-                self._data.put([row], sample_tasks(rng, 1, multiple=self.decide_every, **self.task_distribution))
+                self._data.put([row], sample_tasks(rng, 1, **self.task_distribution))
         elif len(tasks) != len(rows) or (tasks.horizon % self.decide_every).any():
             raise ValueError(
                 f"options['tasks']: {len(tasks)} tasks with horizons {tasks.horizon}; needed: {len(rows)} tasks, "
@@ -213,8 +236,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         self._governed.start(rows)
         if self._base is not None:
             self._base.start(rows)
-            self._base.telemetry(rows)
-        self._device.reset(rows, generators)
+        self._device.reset(rows, generators, self._data.tasks.dropout[rows])
         mask = np.zeros(self.num_envs, dtype=bool)
         mask[rows] = True
         self._features.reset(mask, self._data.tasks.horizon.astype(np.float64))
@@ -266,8 +288,8 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
     def _observe(self, rows: Sequence[int]) -> tuple[NDArray[np.float32], Arrays]:
         """Observations and the record of the step at hand, NaN but in `rows`."""
         telemetry = self._governed.telemetry(rows)
-        if self._base is not None and len(rows) == self.num_envs:
-            self._base.telemetry(rows)
+        if self._base is not None:
+            self._base.telemetry(rows)  # its rules see every record once, as the governed runs' do
         for name, readings in self._device.read(list(rows), self._of(rows)).items():
             telemetry[name] = np.full(self.num_envs, np.nan)
             telemetry[name][list(rows)] = readings

@@ -11,7 +11,6 @@ FloatArray = NDArray[np.float64]
 
 _SHARES = ("gpu_utilization", "gpu_memory", "gpu_power", "cpu_utilization", "host_memory")
 _WALK = 0.15  # deviation of one decision's move, in logits or nats
-_DROPPED = 0.05  # share of single readings that are lost
 
 
 class SyntheticDevice:
@@ -25,9 +24,13 @@ class SyntheticDevice:
         self._walk = np.zeros((n, len(_SHARES) + 1))
         self._fitted = np.zeros((n, len(_SHARES) + 2), dtype=bool)
         self._seconds = np.ones(n)
+        self._dropout = np.zeros(n)
 
-    def reset(self, rows: Sequence[int], generators: Sequence[np.random.Generator]) -> None:
-        """Draws new levels and sensors for the runs in `rows`, one generator each."""
+    def reset(
+        self, rows: Sequence[int], generators: Sequence[np.random.Generator], dropout: Sequence[float] | FloatArray
+    ) -> None:
+        """Draws new levels and sensors for the runs in `rows`, one generator each, and one share of lost readings."""
+        self._dropout[rows] = dropout
         for row, rng in zip(rows, generators, strict=True):
             self._walk[row] = rng.normal(0.5, 1.5, self._walk.shape[1])
             self._fitted[row] = rng.random(self._fitted.shape[1]) < 0.5
@@ -38,7 +41,7 @@ class SyntheticDevice:
         seen = np.empty((len(rows), self._fitted.shape[1]), dtype=bool)
         for i, (row, rng) in enumerate(zip(rows, generators, strict=True)):
             self._walk[row] += _WALK * rng.standard_normal(self._walk.shape[1])
-            seen[i] = self._fitted[row] & (rng.random(seen.shape[1]) > _DROPPED)
+            seen[i] = self._fitted[row] & (rng.random(seen.shape[1]) > self._dropout[row])
         walk = self._walk[rows]
         seconds = self._seconds[rows] * np.exp(walk[:, -1])
         values = np.column_stack([1.0 / (1.0 + np.exp(-walk[:, :-1])), seconds, 1000.0 / seconds])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lbw_rl.envs.languages import CORPORA
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 TUNED_LR = 1e-2
 """Best constant-error learning rate of the default proxy (`lbw_rl.training_runs.benchmarks.proxy_lr`)."""
@@ -19,8 +22,14 @@ LR_ERROR = (1e-2, 1e2)
 WELL_TUNED = 0.3
 """Share of tasks without any error, so that leaving alone is learned as well."""
 SCHEDULES = ("constant", "cosine", "wsd", "linear")
-CORPORA = ("markov-1", "markov-2", "python-docs")
+MODELS = ("llama", "qwen2", "ngram", "quadratic", "lora")
+FAULTS = ("none", "gradient-burst", "corrupted-batches", "lr-jump")
+TRAINING_CORPORA = ("markov-1", "markov-2", "python-docs")
+_SHARES = {"markov-1": 0.4, "markov-2": 0.3, "python-docs": 0.3}  # of tasks, before normalising; 1 for others
 _WSD_DECAY = 0.2
+
+LANGUAGE, WEIGHTS, NOISE = 0, 1, 2
+"""Streams of a task's seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +38,9 @@ class Tasks:
 
     Attributes:
         seed: decides the task's language, data order and initial weights.
+        model: index into `MODELS`.
         lr: peak learning rate of the base run.
-        lr_error: `lr` / `TUNED_LR`.
+        lr_error: `lr` / the model's tuned learning rate.
         schedule: index into `SCHEDULES`.
         warmup: steps of linear warmup.
         beta1: decay of AdamW's first moment.
@@ -39,9 +49,18 @@ class Tasks:
         clip: largest gradient norm, `inf` for none.
         horizon: optimizer steps.
         corpus: index into `CORPORA`.
+        batch: share of a step's sequences that differ from one another; the rest repeat them.
+        init_scale: multiple of the initial weight matrices.
+        label_noise: share of the training tokens, the labels of the tokens before them, that are random.
+        fault: index into `FAULTS`.
+        fault_start: first step of the fault.
+        fault_end: first step without it.
+        fault_factor: what multiplies the gradient in a burst, or the learning rate after a jump.
+        dropout: share of the device's readings that are lost.
     """
 
     seed: IntArray
+    model: IntArray
     lr: FloatArray
     lr_error: FloatArray
     schedule: IntArray
@@ -52,6 +71,14 @@ class Tasks:
     clip: FloatArray
     horizon: IntArray
     corpus: IntArray
+    batch: FloatArray
+    init_scale: FloatArray
+    label_noise: FloatArray
+    fault: IntArray
+    fault_start: IntArray
+    fault_end: IntArray
+    fault_factor: FloatArray
+    dropout: FloatArray
 
     def __len__(self) -> int:
         return len(self.seed)
@@ -69,8 +96,16 @@ class Tasks:
         """The tasks in `rows`, copied."""
         return Tasks(*(getattr(self, f.name)[rows] for f in fields(self)))
 
+    def generator(self, row: int, stream: int) -> np.random.Generator:
+        """One of a task's own sources of randomness: `LANGUAGE`, `WEIGHTS` or `NOISE`."""
+        return np.random.default_rng([int(self.seed[row]), stream])
+
+    def has(self, fault: str, step: IntArray | int) -> Mask:
+        """Which tasks have this fault at their step at hand, shape (n,)."""
+        return (self.fault == FAULTS.index(fault)) & (step >= self.fault_start) & (step < self.fault_end)
+
     def learning_rate(self, step: IntArray) -> FloatArray:
-        """Scheduled learning rates.
+        """Scheduled learning rates, jumps included.
 
         Args:
             step: optimizer steps done so far, shape (n,).
@@ -82,7 +117,45 @@ class Tasks:
         decay = np.clip((self.horizon - step) / np.maximum(1.0, _WSD_DECAY * self.horizon), 0.0, 1.0)
         shapes = (np.ones_like(left), 0.5 - 0.5 * np.cos(np.pi * left), decay, left)
         shape = np.choose(self.schedule, shapes)
-        return self.lr * np.where(step < self.warmup, (step + 1) / np.maximum(1, self.warmup), shape)
+        scheduled = self.lr * np.where(step < self.warmup, (step + 1) / np.maximum(1, self.warmup), shape)
+        return np.where(self.has("lr-jump", step), self.fault_factor, 1.0) * scheduled
+
+    def gradient_factor(self, step: IntArray) -> FloatArray:
+        """What multiplies the gradients of the step at hand, shape (n,): 1 but in a burst."""
+        return np.where(self.has("gradient-burst", step), self.fault_factor, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Variety:
+    """How much the tasks differ in what is not a hyper-parameter of AdamW; see `Tasks` for each.
+
+    Attributes:
+        batches: drawn uniformly.
+        init_scale: range, log-uniform.
+        noisy: share of tasks with label noise.
+        label_noise: range in those, uniform.
+        faulty: share of tasks with a fault, of every kind alike.
+        burst, jump: ranges of the faults' factors, log-uniform; a burst lasts one to three steps, a jump to the end.
+        corrupted: fewest and most consecutive batches that are random tokens.
+        dropout: range, uniform.
+    """
+
+    batches: tuple[float, ...] = (1.0,)
+    init_scale: tuple[float, float] = (1.0, 1.0)
+    noisy: float = 0.0
+    label_noise: tuple[float, float] = (0.0, 0.3)
+    faulty: float = 0.0
+    burst: tuple[float, float] = (10.0, 1e3)
+    corrupted: tuple[int, int] = (2, 10)
+    jump: tuple[float, float] = (0.1, 100.0)
+    dropout: tuple[float, float] = (0.05, 0.05)
+
+
+PLAIN = Variety()
+"""Sound runs at one batch size: what the shipped policy was trained on."""
+WIDE = Variety(batches=(1.0, 0.5, 0.25, 0.125), init_scale=(0.5, 2.0), noisy=0.25, faulty=0.4, dropout=(0.0, 0.5))
+"""Runs of several batch sizes and initial scales, of which two in five meet a fault; with `WIDE_LR_ERROR`."""
+WIDE_LR_ERROR = (1e-3, 1e2)
 
 
 def sample_tasks(
@@ -94,6 +167,9 @@ def sample_tasks(
     tuned_lr: float = TUNED_LR,
     lr_error: tuple[float, float] = LR_ERROR,
     well_tuned: float = WELL_TUNED,
+    model: str = "llama",
+    corpora: Sequence[str] = TRAINING_CORPORA,
+    variety: Variety = PLAIN,
 ) -> Tasks:
     """Draws `n` tasks.
 
@@ -105,13 +181,18 @@ def sample_tasks(
         tuned_lr: the learning rate that an error of 1 stands for.
         lr_error: range of the learning-rate error, log-uniform.
         well_tuned: share of tasks whose error is exactly 1.
+        model: one of `MODELS`.
+        corpora: of `CORPORA`; see `lbw_rl.envs.splits` for those that go together.
+        variety: of everything else.
     """
     low, high = np.log(lr_error)
     error = np.where(rng.random(n) < well_tuned, 1.0, np.exp(rng.uniform(low, high, n)))
     steps = np.exp(rng.uniform(np.log(horizon[0]), np.log(horizon[1]), n))
     steps = np.maximum(1, np.rint(steps / multiple)).astype(np.int64) * multiple
+    shares = np.array([_SHARES.get(name, 1.0) for name in corpora])
     return Tasks(
         seed=rng.integers(0, 2**62, n),
+        model=np.full(n, MODELS.index(model)),
         lr=tuned_lr * error,
         lr_error=error,
         schedule=rng.integers(0, len(SCHEDULES), n),
@@ -121,70 +202,30 @@ def sample_tasks(
         weight_decay=rng.choice([0.0, 0.01, 0.1], n),
         clip=rng.choice([1.0, np.inf], n, p=[0.3, 0.7]),
         horizon=steps,
-        corpus=rng.choice(len(CORPORA), n, p=[0.4, 0.3, 0.3]),
+        corpus=rng.choice([CORPORA.index(name) for name in corpora], n, p=shares / shares.sum()),
+        **_varied(rng.spawn(1)[0], steps, variety),  # a stream of its own: the rest does not depend on the variety
     )
 
 
-def draw_tokens(
-    corpus: int, rng: np.random.Generator, sequences: int, held_out: int, length: int, vocab: int
-) -> tuple[IntArray, IntArray]:
-    """Training and held-out sequences of one task.
+def _varied(rng: np.random.Generator, horizon: IntArray, variety: Variety) -> dict[str, NDArray[Any]]:
+    """The fields that `variety` decides."""
+    n = len(horizon)
 
-    Args:
-        corpus: index into `CORPORA`.
-        rng: decides the language (for the Markov corpora) and which sequences are drawn from it.
-        sequences: number of training sequences.
-        held_out: number of held-out sequences.
-        length: tokens per sequence.
-        vocab: number of distinct tokens.
+    def log_uniform(bounds: tuple[float, float]) -> FloatArray:
+        low, high = np.log(bounds)
+        return np.exp(rng.uniform(low, high, n))
 
-    Returns:
-        int64 arrays of shape (sequences, length) and (held_out, length).
-    """
-    if CORPORA[corpus] == "python-docs":
-        text = _python_docs(vocab)
-        border = int(0.9 * len(text))
-        starts = rng.integers(0, border - length, sequences), rng.integers(border, len(text) - length, held_out)
-        train, test = (text[s[:, None] + np.arange(length)] for s in starts)
-        return train, test
-    both = _markov(rng, sequences + held_out, length, vocab, classes=1 if CORPORA[corpus] == "markov-1" else 4)
-    return both[:sequences], both[sequences:]
-
-
-def _markov(rng: np.random.Generator, sequences: int, length: int, vocab: int, classes: int) -> IntArray:
-    """Sequences of a random sparse Markov language.
-
-    The successor of token b depends on b and on the class of the token before it (one class: order 1). A
-    context allows a handful of successors, drawn from one Zipf marginal over a shuffled vocabulary, so that the
-    marginal, then the transitions, can be learned in tens of steps.
-    """
-    successors = int(rng.integers(3, 9))
-    marginal = 1.0 / np.arange(1, vocab + 1) ** rng.uniform(0.7, 1.2)
-    contexts = classes * vocab
-    # Gumbel top-k draws distinct successors in proportion to the marginal.
-    scores = np.log(marginal) + rng.gumbel(size=(contexts, vocab))
-    table = rng.permutation(vocab)[np.argpartition(-scores, successors, axis=1)[:, :successors]]
-    share = rng.dirichlet(np.full(successors, 0.7), contexts)
-    cumulative = np.cumsum(share, axis=1)[:, :-1]
-    class_of = rng.integers(0, classes, vocab)
-    out = np.empty((sequences, length), dtype=np.int64)
-    before, token = rng.integers(0, vocab, (2, sequences))
-    for t in range(-2, length):  # two steps of burn-in leave the uniform start behind
-        context = class_of[before] * vocab + token
-        choice = (rng.random((sequences, 1)) > cumulative[context]).sum(axis=1)
-        before, token = token, table[context, choice]
-        if t >= 0:
-            out[:, t] = token
-    return out
-
-
-@cache
-def _python_docs(vocab: int) -> IntArray:
-    """The characters of CPython's own reference text; the rarest share the last token."""
-    from pydoc_data.topics import topics
-
-    text = np.frombuffer("\n".join(topics[key] for key in sorted(topics)).encode("utf-32-le"), dtype=np.uint32)
-    values, inverse, counts = np.unique(text, return_inverse=True, return_counts=True)
-    rank = np.empty(len(values), dtype=np.int64)
-    rank[np.argsort(-counts, kind="stable")] = np.arange(len(values))
-    return np.minimum(rank, vocab - 1)[inverse.reshape(-1)]
+    fault = np.where(rng.random(n) < variety.faulty, rng.integers(1, len(FAULTS), n), 0)
+    start = np.rint(rng.uniform(0.1, 0.9, n) * horizon).astype(np.int64)
+    lasts = (np.zeros(n), rng.integers(1, 4, n), rng.integers(*variety.corrupted, n, endpoint=True), horizon + 1)
+    factors = (np.ones(n), log_uniform(variety.burst), np.ones(n), log_uniform(variety.jump))
+    return {
+        "batch": rng.choice(variety.batches, n),
+        "init_scale": log_uniform(variety.init_scale),
+        "label_noise": np.where(rng.random(n) < variety.noisy, rng.uniform(*variety.label_noise, n), 0.0),
+        "fault": fault,
+        "fault_start": start,
+        "fault_end": start + np.choose(fault, lasts).astype(np.int64),
+        "fault_factor": np.choose(fault, factors),
+        "dropout": rng.uniform(*variety.dropout, n),
+    }

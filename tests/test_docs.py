@@ -171,3 +171,17 @@ def test_the_example_of_monitoring_runs(loop_names, tmp_path, monkeypatch):
     assert loop_names["governor"].summary()["decisions"] == 4
     assert not loop_names["governor"].summary()["faults"]
     assert len(list((tmp_path / "run/tensorboard").iterdir())) == 1
+
+
+# ---- docs/guide.md
+
+
+def test_the_example_of_proxy_fleets_runs():
+    pytest.importorskip("stable_baselines3")
+    guide = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "FleetVecEnv" in b)
+    names = {}
+    exec(block.replace("Env(32", "Env(2"), names)
+    assert len(names["env"].reset()) == 3 * 2
+    assert names["judge"].num_envs == len(names["judge"].reset(seed=0)[0]) == 2
+    names["env"].close()
