@@ -3,12 +3,14 @@
 ```
 python -m lbw_rl.training_runs.benchmarks.overhead                           # every size, both loops
 python -m lbw_rl.training_runs.benchmarks.overhead --sizes 0.2M,5M --loops plain
+python -m lbw_rl.training_runs.benchmarks.overhead --device cuda             # larger models in bfloat16, on the GPU
 ```
 
 Llama models on random tokens, governed by `lbw-guard` with every signal measured at every step and a ledger on
 disk, in a plain loop and in Hugging Face's `Trainer`. The figure is the median over pairs of neighbouring blocks of
 median governed / median plain step, with a bootstrap interval over the pairs: what else the machine does weighs on
-both blocks of a pair. Beside it, the memory that the governor holds on to. `results.json` holds it all, and what is
+both blocks of a pair. On a GPU a block is timed as a whole, between two waits for the device: a wait within it
+would hide what governance costs there. Beside it, the memory that the governor holds on to. `results.json` holds it all, and what is
 in `results.jsonl` is not measured again.
 """
 
@@ -22,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,6 +54,8 @@ class Size:
         length: tokens a sequence.
         steps: counted steps of each kind.
         block: counted steps of one kind before the other takes its turn.
+        dtype: of the weights.
+        implementation: of AdamW, torch's kernel choice.
     """
 
     hidden: int
@@ -63,6 +67,8 @@ class Size:
     length: int
     steps: int
     block: int
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    implementation: Literal["foreach", "fused"] = "foreach"
 
 
 SIZES = {
@@ -71,19 +77,26 @@ SIZES = {
     "25M": Size(512, 1376, 6, 8, 12288, batch=4, length=256, steps=32, block=4),
     "110M": Size(768, 2048, 12, 12, 32000, batch=2, length=256, steps=24, block=4),
 }
+CUDA_SIZES = {
+    "5M": Size(256, 688, 4, 4, 8192, batch=16, length=256, steps=600, block=50),
+    "110M": Size(768, 2048, 12, 12, 32000, 16, 512, steps=300, block=25, dtype="bfloat16", implementation="fused"),
+    "1.3B": Size(2048, 5632, 22, 16, 32000, 8, 1024, steps=120, block=10, dtype="bfloat16", implementation="fused"),
+}
+"""What a GPU is given, in a plain loop."""
 
 Tick = Callable[[int, int, str], None]
 Times = dict[str, list[list[float]]]
 """Kind → blocks → seconds of each counted step."""
 
 
-def measure(size: Size, loop: str, progress: Tick | None = None) -> dict[str, Any]:
+def measure(size: Size, loop: str, progress: Tick | None = None, device: str = "cpu") -> dict[str, Any]:
     """Times `size.steps` steps of each kind.
 
     Args:
         size: model, batch and number of steps.
         loop: "plain" or "trainer".
         progress: told (steps done, steps in all, what is measured).
+        device: "cpu" or "cuda"; the Trainer's loop runs on the CPU alone.
 
     Returns:
         parameters, milliseconds of a plain and a governed step, their ratio with a 95 % interval, the time that
@@ -94,14 +107,17 @@ def measure(size: Size, loop: str, progress: Tick | None = None) -> dict[str, An
     """
     times: Times = {"plain": [], "governed": []}
     with tempfile.TemporaryDirectory() as folder:
-        governor, held = LOOPS[loop](size, Path(folder), times, progress)
+        if loop == "plain":
+            governor, held = _plain_loop(size, Path(folder), times, progress, torch.device(device))
+        else:
+            governor, held = _trainer_loop(size, Path(folder), times, progress)
     pairs = [median(g) / median(p) for g, p in zip(times["governed"], times["plain"], strict=True)]
     plain, governed = (median(s for block in times[kind] for s in block) for kind in ("plain", "governed"))
     state = state_bytes(governor.optimizer)
     return {
         "parameters": sum(p.numel() for group in governor.optimizer.param_groups for p in group["params"]),
         "tokens_per_step": size.batch * size.length,
-        "steps": sum(len(block) for block in times["plain"]),
+        "steps": size.block * len(pairs),
         "blocks": len(pairs),
         "plain_ms": 1e3 * plain,
         "governed_ms": 1e3 * governed,
@@ -114,9 +130,11 @@ def measure(size: Size, loop: str, progress: Tick | None = None) -> dict[str, An
     }
 
 
-def _plain_loop(size: Size, folder: Path, times: Times, progress: Tick | None) -> tuple[Governor, int]:
+def _plain_loop(
+    size: Size, folder: Path, times: Times, progress: Tick | None, device: torch.device
+) -> tuple[Governor, int]:
     """Two copies of a run, each at its own optimizer, block by block; gives the governor and the bytes it held."""
-    runs = {kind: _Run(size) for kind in times}
+    runs = {kind: _Run(size, device) for kind in times}
     total = size.steps + WARMUP
     optimizer = runs["governed"].optimizer
     with Governor(optimizer, CONTROLLER, total_steps=total, ledger=folder / "ledger.jsonl") as governor:
@@ -126,7 +144,7 @@ def _plain_loop(size: Size, folder: Path, times: Times, progress: Tick | None) -
         for i in range(-(-size.steps // size.block)):
             for kind in _order(i):
                 observer = governor if kind == "governed" else None
-                times[kind].append([runs[kind].step(observer) for _ in range(size.block)])
+                times[kind].append(runs[kind].block(size.block, observer))
             if progress is not None:
                 progress(min(size.steps, (i + 1) * size.block), size.steps, "")
         held = held_bytes(governor)  # before it closes and lets go of it
@@ -137,10 +155,23 @@ def _plain_loop(size: Size, folder: Path, times: Times, progress: Tick | None) -
 class _Run:
     """A model, its optimizer and one batch, in a loop that a user would write."""
 
-    def __init__(self, size: Size) -> None:
-        self.model = _model(size)
-        self.optimizer = build_optimizer(OptimizerSpec(lr=3e-4), self.model, 3e-4)
-        self.tokens = _tokens(size, size.batch)
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self.model = _model(size).to(device)
+        spec = OptimizerSpec(lr=3e-4, implementation=size.implementation)
+        self.optimizer = build_optimizer(spec, self.model, 3e-4)
+        self.tokens = _tokens(size, size.batch).to(device)
+        self.device = device
+
+    def block(self, steps: int, governor: Governor | None) -> list[float]:
+        """Seconds of each of so many steps; on a GPU their mean alone."""
+        if self.device.type == "cpu":
+            return [self.step(governor) for _ in range(steps)]
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.step(governor)
+        torch.cuda.synchronize()
+        return [(time.perf_counter() - start) / steps]
 
     def step(self, governor: Governor | None) -> float:
         """Trains one step and returns its seconds."""
@@ -215,10 +246,7 @@ def _trainer_loop(size: Size, folder: Path, times: Times, progress: Tick | None)
     return measured
 
 
-LOOPS: dict[str, Callable[[Size, Path, Times, Tick | None], tuple[Governor, int]]] = {
-    "plain": _plain_loop,
-    "trainer": _trainer_loop,
-}
+LOOPS = ("plain", "trainer")
 
 
 def _order(i: int) -> tuple[str, str]:
@@ -234,6 +262,7 @@ def _model(size: Size) -> torch.nn.Module:
         num_layers=size.layers,
         num_heads=size.heads,
         num_kv_heads=size.heads,
+        dtype=size.dtype,
     )
     return build_model(spec, size.vocabulary, size.length, seed=0).train()
 
@@ -289,9 +318,10 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
 def benchmark(
     folder: str | Path,
     sizes: Mapping[str, Size],
-    loops: Sequence[str] = tuple(LOOPS),
+    loops: Sequence[str] = LOOPS,
     *,
     threads: int = 1,
+    device: str = "cpu",
     progress: Tick | None = None,
 ) -> dict[str, Any]:
     """Measures every size in every loop and writes `results.json`; finished rows of the folder are kept.
@@ -301,6 +331,7 @@ def benchmark(
         sizes: label → what is measured.
         loops: names of `LOOPS`.
         threads: torch CPU threads.
+        device: "cpu" or "cuda".
         progress: told (steps done, steps in all, which row) as it goes.
 
     Returns:
@@ -311,16 +342,20 @@ def benchmark(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     here = machine(threads)
+    if device == "cuda":
+        here["gpu"] = torch.cuda.get_device_name()
     finished = []
     try:
         for name, size in sizes.items():
             for loop in loops:
                 # Times of another machine are no part of this measurement.
-                key = fingerprint([name, asdict(size), loop, CONTROLLER, WARMUP, threads, here["cpu"], here["cores"]])
+                key = fingerprint(
+                    [name, asdict(size), loop, CONTROLLER, WARMUP, here["cpu"], here["cores"], here.get("gpu"), threads]
+                )
                 row = rows.get(key)
                 if row is None:
                     tick = None if progress is None else _labelled(progress, f"{name} {loop}")
-                    row = rows.add(key, {"size": name, "loop": loop, **measure(size, loop, tick)})
+                    row = rows.add(key, {"size": name, "loop": loop, **measure(size, loop, tick, device)})
                 finished.append(row)
     finally:
         torch.set_num_threads(before)
@@ -364,20 +399,27 @@ def table(results: dict[str, Any]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures what the command line names and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default=",".join(SIZES), help="of %(default)s")
-    parser.add_argument("--loops", default=",".join(LOOPS), help="of %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (%(default)s)")
+    parser.add_argument("--sizes", help=f"of {','.join(SIZES)}, or {','.join(CUDA_SIZES)} on a GPU (all)")
+    parser.add_argument("--loops", help="of plain,trainer (both); a GPU has the plain one alone")
     parser.add_argument("--out", type=Path, default=Path("runs/overhead"), help="folder of the results (%(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch CPU threads (%(default)s)")
     args = parser.parse_args(arguments)
     try:
-        names, loops = choose(args.sizes, list(SIZES), "sizes"), choose(args.loops, list(LOOPS), "loops")
+        sizes, loops = (SIZES, LOOPS) if args.device == "cpu" else (CUDA_SIZES, LOOPS[:1])
+        names = choose(args.sizes or ",".join(sizes), list(sizes), "sizes")
+        chosen_loops = choose(args.loops or ",".join(loops), loops, "loops")
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: 'cuda' is not there; accepted here: 'cpu'")
         if args.threads < 1:
             raise ValueError(f"threads: {args.threads} must be at least 1")
     except ValueError as error:
         parser.error(str(error))
     with meter("overhead") as bar:
-        chosen = {name: SIZES[name] for name in names}
-        results = benchmark(args.out, chosen, loops, threads=args.threads, progress=bar.update)
+        chosen = {name: sizes[name] for name in names}
+        results = benchmark(
+            args.out, chosen, chosen_loops, threads=args.threads, device=args.device, progress=bar.update
+        )
     out.print(table(results))
     out.print(f"{args.out / 'results.json'}")
 
