@@ -272,11 +272,19 @@ def test_unknown_sizes_and_loops_are_refused(capsys):
         assert f"accepted: {accepted}" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_gpu_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        overhead.main(["--device", "cuda"])
+    assert "device: 'cuda' is not there; accepted here: 'cpu'" in capsys.readouterr().err
+
+
 def test_the_sizes_are_what_they_are_called():
-    for name, size in overhead.SIZES.items():
+    units = {"M": 1e6, "B": 1e9}
+    for name, size in [*overhead.SIZES.items(), *overhead.CUDA_SIZES.items()]:
         embeddings = size.vocabulary * size.hidden
         layer = 4 * size.hidden**2 + 3 * size.hidden * size.intermediate + 2 * size.hidden
-        assert embeddings + size.layers * layer == pytest.approx(1e6 * float(name.removesuffix("M")), rel=0.1)
+        assert embeddings + size.layers * layer == pytest.approx(units[name[-1]] * float(name[:-1]), rel=0.1)
 
 
 def test_the_bytes_held_are_the_governors_own(make_lm, tokens):
