@@ -279,6 +279,11 @@ def test_a_gpu_that_is_not_there_is_refused(capsys):
     assert "device: 'cuda' is not there; accepted here: 'cpu'" in capsys.readouterr().err
 
 
+def test_a_trainer_is_not_timed_on_another_device_than_was_asked_for():
+    with pytest.raises(ValueError, match="'cuda' does not go with the loop 'trainer'"):
+        overhead.measure(TINY, "trainer", device="cuda")
+
+
 def test_the_sizes_are_what_they_are_called():
     units = {"M": 1e6, "B": 1e9}
     for name, size in [*overhead.SIZES.items(), *overhead.CUDA_SIZES.items()]:

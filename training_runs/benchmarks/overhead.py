@@ -103,8 +103,11 @@ def measure(size: Size, loop: str, progress: Tick | None = None, device: str = "
         the governor itself accounts for as a share of a plain step, and the bytes that it holds.
 
     Raises:
+        ValueError: a Trainer's loop on a GPU.
         RuntimeError: governance itself failed, so that what was timed was not governance.
     """
+    if loop == "trainer" and device != "cpu":
+        raise ValueError(f"device: {device!r} does not go with the loop 'trainer'; accepted: 'cpu'")
     times: Times = {"plain": [], "governed": []}
     with tempfile.TemporaryDirectory() as folder:
         if loop == "plain":
