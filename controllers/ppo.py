@@ -60,7 +60,7 @@ class FrozenPolicy(Controller):
 
     def reset(self, context: Context) -> None:
         """Forgets the feature means and the out-of-distribution record."""
-        self._tracker = FeatureTracker(1, context.total_steps)
+        self._tracker = FeatureTracker(1, context.total_steps, context.weights)
         self._recent: deque[bool] = deque(maxlen=self.policy.header.fallback.window)
         self._unfamiliar = 0
         self._fallen_back = False

@@ -22,6 +22,7 @@ from lbw_rl.features import FeatureTracker
 from lbw_rl.governor import Governor
 from lbw_rl.random_state import capture_random_state, restore_random_state
 from lbw_rl.signals import Telemetry
+from lbw_rl.trainable import trainable
 
 
 class LLMTrainingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
@@ -45,7 +46,7 @@ class LLMTrainingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
 
     ## Observation Space
 
-    `Box(-3, 3, (22,), float32)`: the feature vector (schema v2) of `lbw_rl.features`, 0 where a signal was not
+    `Box(-3, 3, (23,), float32)`: the feature vector (schema v3) of `lbw_rl.features`, 0 where a signal was not
     measured. Index, name and range of every feature are those of `lbw_rl/ProxyTraining-v0`; here the device
     signals are real.
 
@@ -117,7 +118,9 @@ class LLMTrainingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.close()
         recipe = self.recipe.model_copy(update={"train": self.recipe.train.model_copy(update={"seed": run_seed})})
         self._run = _GovernedRun(recipe, self._commanded, self.authority, self.decide_every, self.device_signals)
-        self._features = FeatureTracker(1, float(self._run.task.total_steps))
+        self._features = FeatureTracker(
+            1, float(self._run.task.total_steps), trainable(self._run.task.optimizer).weights
+        )
         self._gain, self._watch = HeldOutGain(1), DivergenceWatch(1)
         self._held_out = self._run.task.evaluate()
         self._gain.reset([0], np.array([self._held_out]))

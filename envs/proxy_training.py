@@ -54,7 +54,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
 
     ## Observation Space
 
-    `Box(-3, 3, (22,), float32)` per run: the feature vector (schema v2) of `lbw_rl.features`, 0 where a signal
+    `Box(-3, 3, (23,), float32)` per run: the feature vector (schema v3) of `lbw_rl.features`, 0 where a signal
     was not measured. It describes the step whose gradient is at hand, before its update.
 
     | Num | Observation        | Definition                                                  | Min | Max |
@@ -72,19 +72,20 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
     | 10  | loss_noise         | ln(mean absolute deviation / 0.02 / slow mean loss)         | -3  | 3   |
     | 11  | grad_norm_jump     | ln(grad_norm / its slow mean)                               | -3  | 3   |
     | 12  | grad_norm_level    | ln(slow mean grad_norm / first grad_norm)                   | -3  | 3   |
-    | 13  | grad_entropy       | 4·grad_entropy − 2                                          | -2  | 2   |
-    | 14  | grad_entropy_element | 4·grad_entropy_element − 3                                | -3  | 1   |
-    | 15  | grad_agreement     | ln((1 − mean grad_entropy_direction + 0.001) / 0.01) / 2    | -2  | 3   |
-    | 16  | grad_cosine        | 2·grad_cosine                                               | -2  | 2   |
-    | 17  | surprise           | ln(surprise) / 2                                            | -3  | 3   |
-    | 18  | nonfinite          | 1 if loss or gradient is not finite                         | 0   | 1   |
-    | 19  | gpu_utilization    | 2·gpu_utilization − 1                                       | -1  | 1   |
-    | 20  | gpu_memory         | 2·gpu_memory − 1                                            | -1  | 1   |
-    | 21  | gpu_power          | 2·gpu_power − 1                                             | -1  | 3   |
+    | 13  | steepness          | ln(slow mean grad_norm · first weight norm / 10)             | -3  | 3   |
+    | 14  | grad_entropy       | 4·grad_entropy − 2                                          | -2  | 2   |
+    | 15  | grad_entropy_element | 4·grad_entropy_element − 3                                | -3  | 1   |
+    | 16  | grad_agreement     | ln((1 − mean grad_entropy_direction + 0.001) / 0.01) / 2    | -2  | 3   |
+    | 17  | grad_cosine        | 2·grad_cosine                                               | -2  | 2   |
+    | 18  | surprise           | ln(surprise) / 2                                            | -3  | 3   |
+    | 19  | nonfinite          | 1 if loss or gradient is not finite                         | 0   | 1   |
+    | 20  | gpu_utilization    | 2·gpu_utilization − 1                                       | -1  | 1   |
+    | 21  | gpu_memory         | 2·gpu_memory − 1                                            | -1  | 1   |
+    | 22  | gpu_power          | 2·gpu_power − 1                                             | -1  | 3   |
 
     With `rule`, feature 1 is the executed scale in units of what the rule had proposed.
 
-    The device signals (19–21) are random walks with gaps that have no bearing on the run, so that a policy
+    The device signals (20–22) are random walks with gaps that have no bearing on the run, so that a policy
     learns not to lean on them.
 
     ## Rewards
@@ -184,7 +185,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         self._governed = GovernedProxies(self._data, authority, decide_every, rule)
         self._base = GovernedProxies(self._data, authority, decide_every, rule) if base_run else None
         self._device = SyntheticDevice(num_envs)
-        self._features = FeatureTracker(num_envs, 1.0)
+        self._features = FeatureTracker(num_envs, 1.0, self._governed.runs.fleet.matrices)
         self._generators: list[np.random.Generator] | None = None
         self._gain = HeldOutGain(num_envs)
         self._watch, self._base_watch = DivergenceWatch(num_envs), DivergenceWatch(num_envs)

@@ -22,7 +22,7 @@ LR_ERROR = (1e-2, 1e2)
 WELL_TUNED = 0.3
 """Share of tasks without any error, so that leaving alone is learned as well."""
 SCHEDULES = ("constant", "cosine", "wsd", "linear")
-MODELS = ("llama", "qwen2", "ngram", "quadratic", "lora")
+MODELS = ("llama", "qwen2", "ngram", "quadratic", "lora", "fine-tuned")
 FAULTS = ("none", "gradient-burst", "corrupted-batches", "lr-jump")
 TRAINING_CORPORA = ("markov-1", "markov-2", "python-docs")
 _SHARES = {"markov-1": 0.4, "markov-2": 0.3, "python-docs": 0.3}  # of tasks, before normalising; 1 for others

@@ -1,7 +1,7 @@
-"""Feature schema v2: what a learned policy sees of the telemetry.
+"""Feature schema v3: what a learned policy sees of the telemetry.
 
 Dimensionless, clipped, and free of anything that identifies the task's size (no absolute learning rate,
-parameter count or vocabulary), so that a policy trained on proxies reads a large run in the same terms. Free of the
+parameter count or vocabulary by itself), so that a policy trained on proxies reads a large run in the same terms. Free of the
 clock, too: what a policy decides must not depend on how fast a machine is, nor differ when a run is repeated.
 Works on a batch of runs at once: every signal is an array of shape (n,), n = 1 under a `Governor`.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-FEATURE_SCHEMA = 2
+FEATURE_SCHEMA = 3
 FEATURE_LIMIT = 3.0
 """Every feature is clipped to ±this; 0 is the centre of its range and stands for "not measured"."""
 
@@ -78,6 +78,11 @@ _DEFINITIONS: dict[str, tuple[str, Callable[[dict[str, Array]], Array]]] = {
         "ln(slow mean grad_norm / first grad_norm)",
         lambda s: _log_ratio(s["_grad_norm"], s["_grad_norm_first"]),
     ),
+    "steepness": (
+        "ln(slow mean grad_norm · first weight_rms · sqrt(weights) / 10): the loss change in nats, to first order, of an update "
+        "as large as the weights",
+        lambda s: np.log(s["_grad_norm"] * s["_weight_first"] * s["_root_weights"]) - _LN_10,
+    ),
     "grad_entropy": ("4·grad_entropy − 2", lambda s: 4 * s["grad_entropy"] - 2),
     "grad_entropy_element": ("4·grad_entropy_element − 3", lambda s: 4 * s["grad_entropy_element"] - 3),
     "grad_agreement": (
@@ -94,7 +99,7 @@ _DEFINITIONS: dict[str, tuple[str, Callable[[dict[str, Array]], Array]]] = {
 }
 
 FEATURES: dict[str, str] = {name: definition for name, (definition, _) in _DEFINITIONS.items()}
-"""Feature name → definition, in the order of the vector (schema v2)."""
+"""Feature name → definition, in the order of the vector (schema v3)."""
 
 _SIGNALS_READ = (
     "progress", "lr_scale", "momentum_scale", "learning_rate", "update_ratio", "loss", "grad_norm", "grad_entropy",
@@ -112,12 +117,18 @@ class FeatureTracker:
 
     Keeps, per run, exponential means of loss, gradient norm, update ratio and gradient direction. A non-finite
     value never enters them; until a mean exists its features read 0.
+
+    Args:
+        n: number of runs.
+        total_steps: their horizons, shape (n,), or one for all; None where it is not known.
+        weights: elements of the trainable matrices of each run's model; None where it is not known.
     """
 
-    def __init__(self, n: int, total_steps: Array | float | None) -> None:
+    def __init__(self, n: int, total_steps: Array | float | None, weights: int | None = None) -> None:
         self.n = n
         horizon = _UNKNOWN_HORIZON if total_steps is None else total_steps
         self._sqrt_horizon = np.sqrt(np.broadcast_to(np.asarray(horizon, dtype=np.float64), (n,)).copy())
+        self._root_weights = np.full(n, np.nan if weights is None else np.sqrt(weights))
         self._memory = np.full((len(_MEMORY), n), np.nan)
         self._raw = np.zeros((n, len(_DEFINITIONS)))
 
@@ -159,7 +170,7 @@ class FeatureTracker:
                 memory[name][:] = np.where(np.isnan(memory[name]), s[signal], memory[name])
             memory["_loss_fast"][:] = _blend(memory["_loss_fast"], loss, _FAST)
             # Jumps are measured against the past alone: the newest value enters its own slow mean afterwards.
-            s.update(memory, _sqrt_horizon=self._sqrt_horizon)
+            s.update(memory, _sqrt_horizon=self._sqrt_horizon, _root_weights=self._root_weights)
             for i, (_, feature) in enumerate(_DEFINITIONS.values()):
                 self._raw[:, i] = feature(s)
         newest = np.array([loss, deviation, s["update_ratio"], s["grad_norm"], s["grad_entropy_direction"]])

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from lbw_rl.envs.families.lora import LoRAShape, pretrained
+from lbw_rl.envs.families.fine_tuned import FineTunedShape
+from lbw_rl.envs.families.lora import LoRAShape
 from lbw_rl.envs.families.ngram import NGramShape
+from lbw_rl.envs.families.pretraining import pretrained
 from lbw_rl.envs.families.quadratic import QuadraticShape
 from lbw_rl.envs.fleet import Fleet, FleetShape
 
@@ -21,6 +23,7 @@ SHAPES = {
     "ngram": NGramShape(vocab=32, context=3, width=6, hidden=20),
     "quadratic": QuadraticShape(rows=4, columns=6),
     "lora": LoRAShape(FleetShape(**TRANSFORMER), rank=3, alpha=6.0, pretraining_steps=40),
+    "fine-tuned": FineTunedShape(FleetShape(**TRANSFORMER), pretraining_steps=40),
 }
 HF_NAMES = {
     "embed": "model.embed_tokens",
@@ -57,7 +60,7 @@ def batches_for(n: int, steps: int, shape=SHAPES["llama"]) -> Tensor:
 def reference(fleet: Fleet, row: int) -> Reference:
     """The model in `row` as it is now, with its own weights."""
     weights = {name: value[row].detach().clone() for name, value in fleet.named_parameters()}
-    shape = fleet.shape
+    shape = fleet.shape.base if isinstance(fleet.shape, FineTunedShape) else fleet.shape
     if isinstance(shape, FleetShape):
         return _language_model(transformer_of(shape, weights))
     if isinstance(shape, LoRAShape):
@@ -109,7 +112,8 @@ def _adapted(shape: LoRAShape, weights: dict[str, Tensor]) -> nn.Module:
     """peft's LoRA on transformers' Llama."""
     from peft import LoraConfig, get_peft_model
 
-    base = transformer_of(shape.base, {name: value[0] for name, value in pretrained(shape).items()})
+    frozen = pretrained(shape.base, shape.pretraining_steps)
+    base = transformer_of(shape.base, {name: value[0] for name, value in frozen.items()})
     targets = [name.rpartition(".")[2] for name in HF_NAMES.values() if name.endswith("_proj")]
     config = LoraConfig(r=shape.rank, lora_alpha=shape.alpha, target_modules=targets, lora_dropout=0.0)
     model = get_peft_model(base, config)

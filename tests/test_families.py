@@ -9,7 +9,9 @@ from one_model import SHAPES, TRANSFORMER, batches_for, fleet_of, reference
 from transformers import LlamaConfig, Qwen2Config
 
 from lbw_rl.envs.families.catalogue import FAMILIES, family
-from lbw_rl.envs.families.lora import LoRAShape, pretrained
+from lbw_rl.envs.families.fine_tuned import FineTunedShape
+from lbw_rl.envs.families.lora import LoRAShape
+from lbw_rl.envs.families.pretraining import pretrained
 from lbw_rl.envs.families.quadratic import QuadraticShape
 from lbw_rl.envs.families.transformer import FleetShape
 from lbw_rl.envs.languages import TRAINING_SHARE, python_docs
@@ -89,7 +91,7 @@ def test_shape_refuses_odd_heads() -> None:
 def test_adapters_start_as_the_pretrained_model_and_leave_it_as_it_is() -> None:
     shape = SHAPES["lora"]
     assert isinstance(shape, LoRAShape)
-    before = {name: value.clone() for name, value in pretrained(shape).items()}
+    before = {name: value.clone() for name, value in pretrained(shape.base, shape.pretraining_steps).items()}
     fleet, base, tokens = fleet_of(3, shape), fleet_of(1, shape.base), batches_for(3, 1)[0]
     for name, value in base.named_parameters():
         value.copy_(before[name])
@@ -97,7 +99,18 @@ def test_adapters_start_as_the_pretrained_model_and_leave_it_as_it_is() -> None:
     for _ in range(4):
         fleet.backward(tokens)
         fleet.step(np.full(3, 1e-2), np.full(3, 0.9), np.full(3, 0.99))
-    assert all(torch.equal(value, before[name]) for name, value in pretrained(shape).items())
+    assert all(torch.equal(value, before[name]) for name, value in pretrained(shape.base, shape.pretraining_steps).items())
+
+
+def test_fine_tuning_starts_from_the_pretrained_weights_and_moves_a_copy_of_them() -> None:
+    shape = FineTunedShape(FleetShape(**TRANSFORMER), pretraining_steps=10)
+    before = {name: value.clone() for name, value in pretrained(shape.base, 10).items()}
+    fleet = fleet_of(3, shape)
+    assert all(torch.equal(value[i], before[name][0]) for name, value in fleet.named_parameters() for i in range(3))
+    fleet.backward(torch.randint(0, shape.vocab, (3, 2, 9), generator=torch.Generator().manual_seed(0)))
+    fleet.step(np.full(3, 1e-2), np.full(3, 0.9), np.full(3, 0.99))
+    assert not torch.equal(next(fleet.named_parameters())[1][0], before["embed"][0])
+    assert all(torch.equal(value, before[name]) for name, value in pretrained(shape.base, 10).items())
 
 
 def test_the_pretrained_model_has_learned_its_language_also_where_it_was_held_out() -> None:

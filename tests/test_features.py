@@ -27,7 +27,7 @@ def typical(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
 
 
 def test_schema_names_every_feature_once_with_its_definition():
-    assert FEATURE_SCHEMA == 2
+    assert FEATURE_SCHEMA == 3
     assert list(FEATURES) == list(_DEFINITIONS)
     assert all(FEATURES.values())
     assert not {"learning_rate", "weight_rms", "step", "step_seconds"} & set(FEATURES)
@@ -59,7 +59,7 @@ def test_nothing_measured_reads_zero():
 
 
 def test_analytic_values_of_one_healthy_decision():
-    tracker = FeatureTracker(1, 400)
+    tracker = FeatureTracker(1, 400, 250_000)
     first = {"weight_rms": 0.02, "grad_entropy_direction": 0.989}
     tracker({"loss": 4.0, "learning_rate": 2e-3, "grad_norm": 1.0, "update_ratio": 0.01, **first})
     row = tracker(
@@ -97,6 +97,7 @@ def test_analytic_values_of_one_healthy_decision():
         "loss_noise": -FEATURE_LIMIT,
         "grad_norm_jump": 1.0,
         "grad_norm_level": 0.0,
+        "steepness": 0.0,  # 1.0 · 0.02 · sqrt(250,000) = 10 nats; the newest norm enters afterwards
         "grad_entropy": 0.4,
         "grad_entropy_element": 0.2,
         "grad_agreement": math.log(0.012 / 0.01) / 2,
@@ -171,11 +172,22 @@ def test_state_round_trip(before, after):
 @pytest.mark.parametrize("signal", ["learning_rate", "grad_norm", "tokens_per_second", "step_seconds", "weight_rms"])
 def test_what_identifies_the_size_of_a_task_does_not_show(signal):
     rng = np.random.default_rng(6)
-    small, large = FeatureTracker(2, 100), FeatureTracker(2, 100)
+    small, large = FeatureTracker(2, 100), FeatureTracker(2, 100)  # without the number of weights, which makes up for it
     for _ in range(10):
         signals = typical(rng, 2)
         scaled = {**signals, signal: signals[signal] * 1e-4}
         assert np.allclose(small(signals), large(scaled), rtol=0, atol=1e-9)
+
+
+def test_steepness_is_that_of_the_function_whatever_scale_its_weights_have():
+    """Weights c times as large under a gradient 1/c times as large are the same model, and so are four copies of it."""
+    once, scaled, repeated = FeatureTracker(1, 100, 100), FeatureTracker(1, 100, 100), FeatureTracker(1, 100, 400)
+    index = list(FEATURES).index("steepness")
+    for tracker, norm, rms in ((once, 2.0, 0.5), (scaled, 0.2, 5.0), (repeated, 2.0 / 2, 0.5)):
+        for _ in range(3):
+            value = tracker({"grad_norm": norm, "weight_rms": rms})[0, index]
+        assert value == pytest.approx(math.log(2.0 * 0.5 * math.sqrt(100) / 10))
+    assert FeatureTracker(1, 100)({"grad_norm": 2.0, "weight_rms": 0.5})[0, index] == 0.0
 
 
 def test_a_jump_is_measured_against_the_past_alone():

@@ -11,6 +11,7 @@ import pytest
 
 import lbw_rl.envs  # noqa: F401 (registers the ids)
 from lbw_rl.envs.families.catalogue import FAMILIES
+from lbw_rl.envs.families.fine_tuned import FineTunedShape
 from lbw_rl.envs.families.lora import LoRAShape
 from lbw_rl.envs.families.ngram import NGramShape
 from lbw_rl.envs.families.quadratic import QuadraticShape
@@ -30,6 +31,7 @@ SHAPES = {
     "ngram": NGramShape(vocab=16, context=2, width=4, hidden=8),
     "quadratic": QuadraticShape(rows=8, columns=8),
     "lora": LoRAShape(LLAMA, rank=2, pretraining_steps=20),
+    "fine-tuned": FineTunedShape(LLAMA, pretraining_steps=20),
 }
 BATCH = BatchShape(sequences=2, length=4, held_out=2)
 every_family = pytest.mark.parametrize("name", SHAPES)

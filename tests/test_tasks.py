@@ -223,7 +223,7 @@ def test_what_is_reserved_for_later_never_occurs_earlier() -> None:
             except ValueError:
                 continue
             parts.setdefault(name, set()).update({model, *corpora})
-    assert parts["train"] == {"llama", "ngram", "quadratic", *TRAINING_CORPORA}
+    assert parts["train"] == {"llama", "ngram", "quadratic", "fine-tuned", *TRAINING_CORPORA}
     assert parts["validation"] - parts["train"] == {"qwen2", "grammar"}
     assert not parts["validation"] & {"lora", "brackets"}
     assert {"lora", "brackets"} <= parts["test"]

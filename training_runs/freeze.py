@@ -33,6 +33,8 @@ def train_and_freeze(
     resume: bool = False,
     meter: Meter | None = None,
     settings: PPOSettings | None = None,
+    mixture: str = "plain",
+    backend: Backend = "local",
     proxies: int = 48,
 ) -> dict[str, Any]:
     """Learns a policy on proxies and freezes it, and its untrained self, into folders that `load_controller` reads.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lbw_rl.envs.mixture import ProxyKind
 from lbw_rl.envs.proxy_training import ProxyTrainingVectorEnv
 
 FloatArray = NDArray[np.float64]
@@ -46,19 +47,24 @@ class Evaluation:
         }
 
 
-def evaluate_actor(act: Act, proxies: int = 128, *, seed: int = EVALUATION_SEED, **environment: Any) -> Evaluation:
+def evaluate_actor(
+    act: Act, proxies: int = 128, *, kinds: Sequence[ProxyKind] = (ProxyKind(),), seed: int = EVALUATION_SEED, **arguments: Any
+) -> Evaluation:
     """Runs a policy over one episode of each of `proxies` fresh proxies.
 
     Args:
-        act: observations (proxies, features) → actions (proxies, 2).
+        act: observations (n, features) → actions (n, 2).
         proxies: number of runs; the same seed gives every policy the same ones.
+        kinds: of the proxies, as many of each as of the others, give or take one.
         seed: of the first proxy.
-        environment: further arguments of `ProxyTrainingVectorEnv`.
+        arguments: of `ProxyKind.fleet`.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on busy cores, kernels this small wait longer for a second thread than they run
     try:
-        return _episodes(act, ProxyTrainingVectorEnv(proxies, **environment), seed)
+        sizes = [len(part) for part in np.array_split(np.arange(proxies), len(kinds))]
+        parts = [_episodes(act, kind.fleet(n, **arguments), seed) for kind, n in zip(kinds, sizes, strict=True) if n]
+        return Evaluation(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Evaluation)))
     finally:
         torch.set_num_threads(threads)
 

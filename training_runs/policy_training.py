@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,15 @@ from numpy.typing import NDArray
 
 from lbw_rl.authority import Authority
 from lbw_rl.envs.interface import DEFAULT_AUTHORITY
-from lbw_rl.envs.proxy_training import ProxyTrainingVectorEnv
+from lbw_rl.envs.mixture import PLAIN_MIXTURE, Mixture
 from lbw_rl.features import FEATURE_SCHEMA, FEATURES
 from lbw_rl.training_runs.actor import Actor, actor_of
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
+from lbw_rl.training_runs.fleets import fleets
 from lbw_rl.training_runs.policy_evaluation import evaluate_actor
 from lbw_rl.training_runs.ppo_session import CHECKPOINT_FILE, CURVE_FILE, PPOSession, PPOSettings
 from lbw_rl.training_runs.training_monitor import Progress
+from lbw_rl.training_runs.workers import Backend
 
 __all__ = ["CHECKPOINT_FILE", "CURVE_FILE", "PPOSettings", "TrainingResult", "evaluate_actor", "train"]
 
@@ -69,7 +70,8 @@ def train(
     authority: Authority = DEFAULT_AUTHORITY,
     decide_every: int = 2,
     rule: str | None = None,
-    environment: Mapping[str, Any] | None = None,
+    mixture: Mixture = PLAIN_MIXTURE,
+    backend: Backend = "local",
     resume: bool = False,
 ) -> TrainingResult:
     """Trains a policy; same arguments, same bits.
@@ -85,7 +87,8 @@ def train(
         decide_every: optimizer steps per decision.
         rule: name of the controller that actions are relative to; base runs under it then accompany the proxies, since
             what its multiples gain is small beside what sets one task apart from another.
-        environment: further arguments of `ProxyTrainingVectorEnv`.
+        mixture: kinds of proxies and how many of each; every entry is a fleet of its own.
+        backend: "local": every fleet in a thread; "ray": in a process of a Ray cluster. The policy is the same, bit for bit.
         resume: go on from the checkpoint in `out`, if there is one.
 
     Raises:
@@ -95,31 +98,25 @@ def train(
         raise ValueError(f"decisions={decisions} must be at least 1")
     settings = settings or PPOSettings()
     out.mkdir(parents=True, exist_ok=True)
-    extra = dict(environment or {})
+    arguments: dict[str, Any] = {
+        "authority": authority,
+        "decide_every": decide_every,
+        "base_run": settings.base_run or rule is not None,
+        "rule": rule,
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each fleet has a thread of its own
-    env = FleetVecEnv(
-        [
-            ProxyTrainingVectorEnv(
-                settings.num_envs // settings.fleets,
-                authority=authority,
-                decide_every=decide_every,
-                base_run=settings.base_run or rule is not None,
-                rule=rule,
-                **extra,
-            )
-            for _ in range(settings.fleets)
-        ]
-    )
     try:
-        provenance = _provenance(decisions, seed, settings, authority, decide_every, rule, extra)
-        session = PPOSession(env, decisions, seed, out, settings, provenance, progress)
-        if resume:
-            session.resume()
-        session.run()
-        return _result(session, authority, decide_every)
+        with fleets(mixture, arguments, backend) as environments:
+            env = FleetVecEnv(environments)
+            provenance = _provenance(decisions, seed, settings, authority, decide_every, rule, mixture)
+            session = PPOSession(env, decisions, seed, out, settings, provenance, progress)
+            if resume:
+                session.resume()
+            session.run()
+            env.close()
+            return _result(session, authority, decide_every)
     finally:
-        env.close()
         torch.set_num_threads(threads)
 
 
@@ -148,11 +145,9 @@ def _provenance(
     authority: Authority,
     decide_every: int,
     rule: str | None,
-    extra: dict[str, Any],
+    mixture: Mixture,
 ) -> dict[str, Any]:
     from lbw_rl import __version__
-    from lbw_rl.envs import tasks
-    from lbw_rl.envs.fleet import FleetShape
 
     values = {
         "algorithm": "PPO (stable-baselines3)",
@@ -165,13 +160,7 @@ def _provenance(
         "settings": asdict(settings),
         "tasks": {
             "environment": "lbw_rl/ProxyTraining-v0",
-            "model": asdict(FleetShape()),
-            "lr_error": tasks.LR_ERROR,
-            "well_tuned": tasks.WELL_TUNED,
-            "tuned_lr": tasks.TUNED_LR,
-            "schedules": tasks.SCHEDULES,
-            "corpora": tasks.CORPORA,
-            "changed": {k: repr(v) for k, v in extra.items()},
+            "fleets": [{"proxies": n, **kind.record()} for kind, n in mixture],
         },
         "versions": {
             "lbw_rl": __version__,

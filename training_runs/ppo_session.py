@@ -26,8 +26,6 @@ class PPOSettings:
     """What PPO is run with. γ is always 1: the undiscounted return is the final held-out gain.
 
     Attributes:
-        num_envs: proxies in training at a time, over all fleets.
-        fleets: separate batched programs, each in its own thread.
         n_steps: decisions of each proxy per rollout.
         batch_size: transitions per gradient step.
         n_epochs: passes over a rollout.
@@ -44,8 +42,6 @@ class PPOSettings:
             seed, so that a resumed training equals an uninterrupted one.
     """
 
-    num_envs: int = 64
-    fleets: int = 2
     n_steps: int = 32
     batch_size: int = 512
     n_epochs: int = 8
@@ -58,15 +54,6 @@ class PPOSettings:
     critic_sizes: tuple[int, ...] = (64, 64)
     base_run: bool = False
     rollouts_per_segment: int = 10
-
-    @property
-    def rollout(self) -> int:
-        """Decisions of one rollout."""
-        return self.num_envs * self.n_steps
-
-    def __post_init__(self) -> None:
-        if self.num_envs % self.fleets:
-            raise ValueError(f"num_envs={self.num_envs} must be a multiple of fleets={self.fleets}")
 
 
 class PPOSession:
@@ -84,7 +71,8 @@ class PPOSession:
     ) -> None:
         self.env, self.seed, self.out, self.settings = env, seed, out, settings
         self.provenance = provenance
-        self.rollouts = -(-decisions // settings.rollout)
+        self.rollout = env.num_envs * settings.n_steps  # decisions
+        self.rollouts = -(-decisions // self.rollout)
         self.segment = 0
         set_random_seed(_stream(seed, 0))
         self.model = PPO(
@@ -111,7 +99,7 @@ class PPOSession:
     @property
     def planned(self) -> int:
         """Decisions of the whole training."""
-        return self.rollouts * self.settings.rollout
+        return self.rollouts * self.rollout
 
     def _learning_rate(self, _: float) -> float:
         # stable-baselines3 would count progress anew in every segment.
@@ -130,7 +118,7 @@ class PPOSession:
             set_random_seed(_stream(self.seed, self.segment))
             self.env.seed(_stream(self.seed, self.segment))
             self.model._last_obs = None  # makes `learn` reset the environments
-            length = min(left, self.settings.rollouts_per_segment * self.settings.rollout)
+            length = min(left, self.settings.rollouts_per_segment * self.rollout)
             self.monitor.begin_segment()
             self.model.learn(length, callback=self.monitor, reset_num_timesteps=False)
             self.save()

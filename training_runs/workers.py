@@ -85,7 +85,12 @@ def _end_with(parent: Connection) -> None:
 
 
 @contextlib.contextmanager
-def _ray_submit() -> Iterator[Callable[..., Future[Any]]]:
+def ray_cluster() -> Iterator[Any]:
+    """The module `ray`, connected to the cluster at hand or to a local one that ends with the block.
+
+    Raises:
+        ValueError: Ray is not installed.
+    """
     try:
         import ray
     except ModuleNotFoundError as e:
@@ -95,9 +100,15 @@ def _ray_submit() -> Iterator[Callable[..., Future[Any]]]:
     started = not ray.is_initialized()
     if started:
         ray.init(log_to_driver=False, include_dashboard=False)
-    remote = ray.remote(num_cpus=1)(lambda f, *args: f(*args))
     try:
-        yield lambda f, *args: remote.remote(f, *args).future()
+        yield ray
     finally:
         if started:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _ray_submit() -> Iterator[Callable[..., Future[Any]]]:
+    with ray_cluster() as ray:
+        remote = ray.remote(num_cpus=1)(lambda f, *args: f(*args))
+        yield lambda f, *args: remote.remote(f, *args).future()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lbw_rl.envs.families.family import Family
+from lbw_rl.envs.families.fine_tuned import FineTunedShape
 from lbw_rl.envs.families.lora import LoRAShape
 from lbw_rl.envs.families.ngram import NGramShape
 from lbw_rl.envs.families.quadratic import QuadraticShape
@@ -10,7 +11,14 @@ from lbw_rl.envs.families.transformer import FleetShape
 
 FAMILIES: dict[str, Family] = {
     shape.name: shape
-    for shape in (FleetShape(), FleetShape(qkv_bias=True), NGramShape(), QuadraticShape(), LoRAShape())
+    for shape in (
+        FleetShape(),
+        FleetShape(qkv_bias=True),
+        NGramShape(),
+        QuadraticShape(),
+        LoRAShape(),
+        FineTunedShape(),
+    )
 }
 
 

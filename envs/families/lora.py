@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lbw_rl.envs.families.family import linear, token_losses
+from lbw_rl.envs.families.pretraining import pretrained
 from lbw_rl.envs.families.transformer import FleetShape
-from lbw_rl.envs.fleet import Fleet
-from lbw_rl.envs.languages import TRAINING_SHARE, python_docs
 from lbw_rl.envs.proxy_data import BatchShape, token_data
 from lbw_rl.envs.tasks import Tasks
-
-_PRETRAINING_SEED = 0
-_SEQUENCES, _LENGTH = 16, 32  # of a pretraining batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +23,10 @@ class LoRAShape:
     """Low-rank adapters on every projection of a transformer that all models of a fleet share (Hu et al. 2106.09685).
 
     Attributes:
-        base: the transformer. It is pretrained once a process, on the characters of Python's documentation, and frozen.
+        base: the transformer; it is pretrained once a process (`lbw_rl.envs.families.pretraining`), and frozen.
         rank: of an adapter.
         alpha: the adapter's output is multiplied by `alpha` / `rank`.
-        pretraining_steps: of AdamW under a cosine schedule, from the base's own tuned learning rate.
+        pretraining_steps: of the base.
     """
 
     base: FleetShape = field(default_factory=FleetShape)
@@ -76,7 +71,7 @@ class LoRAShape:
 
     def losses(self, weights: Mapping[str, Tensor], batch: Tensor) -> Tensor:
         """Mean cross-entropy of each model in nats per token, shape (n,); see `Family.losses`."""
-        frozen = {name: value.expand(len(batch), *value.shape[1:]) for name, value in pretrained(self).items()}
+        frozen = {name: value.expand(len(batch), *value.shape[1:]) for name, value in pretrained(self.base, self.pretraining_steps).items()}
         scale = self.alpha / self.rank
 
         def project(x: Tensor, name: str) -> Tensor:
@@ -84,20 +79,3 @@ class LoRAShape:
             return torch.add(linear(x, frozen[name]), y, alpha=scale)
 
         return token_losses(self.base.logits(frozen, batch[:, :, :-1], project), batch[:, :, 1:])
-
-
-@cache
-@torch.enable_grad()
-def pretrained(shape: LoRAShape) -> dict[str, Tensor]:
-    """The base model's frozen weights, name → shape (1, …); it never sees the text that is held out."""
-    rng, steps = np.random.default_rng(_PRETRAINING_SEED), shape.pretraining_steps
-    fleet, text, one = Fleet(1, shape.base), python_docs(shape.vocab), np.ones(1)
-    fleet.reset([0], [rng])
-    last = int(TRAINING_SHARE * len(text)) - _LENGTH
-    for step in range(steps):
-        starts = rng.integers(0, last, _SEQUENCES)
-        tokens = torch.from_numpy(text[starts[:, None] + np.arange(_LENGTH + 1)])
-        fleet.backward(tokens[None])
-        lr = shape.base.tuned_lr * 0.5 * (1.0 + np.cos(np.pi * step / steps))
-        fleet.step(lr * one, 0.9 * one, 0.99 * one, clip=one)
-    return {name: value.detach().clone() for name, value in fleet.named_parameters()}

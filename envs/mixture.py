@@ -1,0 +1,68 @@
+"""Which proxies go side by side: kinds of them, and how many of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lbw_rl.envs.families.family import Family
+from lbw_rl.envs.families.fine_tuned import FineTunedShape
+from lbw_rl.envs.families.ngram import NGramShape
+from lbw_rl.envs.families.transformer import FleetShape
+from lbw_rl.envs.proxy_data import BatchShape
+from lbw_rl.envs.proxy_training import ProxyTrainingVectorEnv
+from lbw_rl.envs.splits import corpora_of
+from lbw_rl.envs.tasks import LR_ERROR, PLAIN, WELL_TUNED, WIDE, WIDE_LR_ERROR, Variety
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyKind:
+    """Proxies of one shape; see `ProxyTrainingVectorEnv` for each attribute."""
+
+    shape: Family = field(default_factory=FleetShape)
+    batch: BatchShape = field(default_factory=BatchShape)
+    horizon: tuple[int, int] = (48, 128)
+    lr_error: tuple[float, float] = LR_ERROR
+    well_tuned: float = WELL_TUNED
+    variety: Variety = PLAIN
+    split: str = "train"
+
+    def fleet(self, num_envs: int, **arguments: Any) -> ProxyTrainingVectorEnv:
+        """An environment of `num_envs` such proxies.
+
+        Args:
+            num_envs: how many.
+            arguments: the environment's others: authority, decide_every, base_run, rule.
+        """
+        return ProxyTrainingVectorEnv(
+            num_envs,
+            shape=self.shape,
+            batch=self.batch,
+            horizon=self.horizon,
+            lr_error=self.lr_error,
+            well_tuned=self.well_tuned,
+            variety=self.variety,
+            split=self.split,
+            **arguments,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What tasks of this kind are drawn from, as JSON data."""
+        fields = {name: asdict(getattr(self, name)) for name in ("shape", "batch", "variety")}
+        plain = {name: getattr(self, name) for name in ("horizon", "lr_error", "well_tuned", "split")}
+        return {
+            "model": self.shape.name,
+            "corpora": corpora_of(self.shape.name, self.split),
+            **plain,
+            **fields,
+        }
+
+
+Mixture = Sequence[tuple[ProxyKind, int]]
+"""Kinds of proxies and how many of each; every entry is a batched program of its own."""
+
+_SOUND_SCALE = (1.0, 1.0)  # initial weights that stand for something are left as they are
+
+PLAIN_MIXTURE: Mixture = ((ProxyKind(), 32), (ProxyKind(), 32))
+"""Two fleets of the default proxy."""
