@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lbw_rl.envs.families.family import Family
@@ -62,7 +62,27 @@ class ProxyKind:
 Mixture = Sequence[tuple[ProxyKind, int]]
 """Kinds of proxies and how many of each; every entry is a batched program of its own."""
 
-_SOUND_SCALE = (1.0, 1.0)  # initial weights that stand for something are left as they are
+_WIDER = FleetShape(vocab=256, width=64, layers=2, heads=4, ffn=128)
+MIXTURES: dict[str, Mixture] = {
+    "plain": ((ProxyKind(), 32), (ProxyKind(), 32)),
+    "broad": (
+        (ProxyKind(horizon=(48, 256), lr_error=WIDE_LR_ERROR, variety=WIDE), 28),
+        (ProxyKind(horizon=(128, 384)), 8),
+        (ProxyKind(shape=FineTunedShape(), horizon=(48, 256)), 16),
+        (ProxyKind(shape=NGramShape(), horizon=(64, 384), variety=replace(WIDE, init_scale=(1.0, 1.0))), 8),
+        (ProxyKind(shape=_WIDER, batch=BatchShape(8, 32, 8), horizon=(128, 384)), 4),
+    ),
+}
+"""Name → mixture. "plain" is what scales are learned on: the default proxy. "broad" is what multiples of a rule are
+learned on: the rule's best level differs among its kinds, by a factor of two, with how steep a model is and how long it runs."""
 
-PLAIN_MIXTURE: Mixture = ((ProxyKind(), 32), (ProxyKind(), 32))
-"""Two fleets of the default proxy."""
+
+def mixture_named(name: str) -> Mixture:
+    """The mixture of that name.
+
+    Raises:
+        ValueError: there is none; lists the known ones.
+    """
+    if name not in MIXTURES:
+        raise ValueError(f"mixture: {name!r} is unknown; accepted: {', '.join(MIXTURES)}")
+    return MIXTURES[name]

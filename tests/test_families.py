@@ -99,7 +99,9 @@ def test_adapters_start_as_the_pretrained_model_and_leave_it_as_it_is() -> None:
     for _ in range(4):
         fleet.backward(tokens)
         fleet.step(np.full(3, 1e-2), np.full(3, 0.9), np.full(3, 0.99))
-    assert all(torch.equal(value, before[name]) for name, value in pretrained(shape.base, shape.pretraining_steps).items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in pretrained(shape.base, shape.pretraining_steps).items()
+    )
 
 
 def test_fine_tuning_starts_from_the_pretrained_weights_and_moves_a_copy_of_them() -> None:

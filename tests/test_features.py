@@ -172,7 +172,10 @@ def test_state_round_trip(before, after):
 @pytest.mark.parametrize("signal", ["learning_rate", "grad_norm", "tokens_per_second", "step_seconds", "weight_rms"])
 def test_what_identifies_the_size_of_a_task_does_not_show(signal):
     rng = np.random.default_rng(6)
-    small, large = FeatureTracker(2, 100), FeatureTracker(2, 100)  # without the number of weights, which makes up for it
+    small, large = (
+        FeatureTracker(2, 100),
+        FeatureTracker(2, 100),
+    )  # without the number of weights, which makes up for it
     for _ in range(10):
         signals = typical(rng, 2)
         scaled = {**signals, signal: signals[signal] * 1e-4}

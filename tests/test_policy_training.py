@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 
 from lbw_rl.authority import Authority
+from lbw_rl.envs.families.ngram import NGramShape
 from lbw_rl.envs.fleet import FleetShape
+from lbw_rl.envs.mixture import MIXTURES, ProxyKind, mixture_named
 from lbw_rl.envs.proxy_runs import BatchShape
 from lbw_rl.features import FEATURES
 from lbw_rl.training_runs.actor import Actor, actor_of
@@ -26,12 +29,13 @@ from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
 from lbw_rl.training_runs.policy_evaluation import evaluate_actor, neutral, uniform
 from lbw_rl.training_runs.policy_training import CHECKPOINT_FILE, CURVE_FILE, PPOSettings, TrainingResult, train
 
-TINY: dict[str, Any] = {
-    "shape": FleetShape(vocab=16, width=8, heads=1, ffn=8),
-    "batch": BatchShape(sequences=2, length=4, held_out=2),
-    "horizon": (6, 14),
-}
-SHORT = PPOSettings(num_envs=8, n_steps=4, batch_size=16, n_epochs=2, rollouts_per_segment=2)
+TINY = ProxyKind(
+    shape=FleetShape(vocab=16, width=8, heads=1, ffn=8),
+    batch=BatchShape(sequences=2, length=4, held_out=2),
+    horizon=(6, 14),
+)
+NGRAM = replace(TINY, shape=NGramShape(vocab=16, context=2, width=4, hidden=8))
+SHORT = PPOSettings(n_steps=4, batch_size=16, n_epochs=2, rollouts_per_segment=2)
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +136,7 @@ def test_normalising_moves_the_statistics_into_the_first_layer() -> None:
 
 
 def short(out: Path, decisions: int = 128, **arguments: Any) -> TrainingResult:
-    return train(decisions, 3, out, settings=SHORT, environment=TINY, **arguments)
+    return train(decisions, 3, out, settings=SHORT, mixture=((TINY, 3), (NGRAM, 5)), **arguments)
 
 
 def test_training_reports_and_returns_what_freezing_needs(tmp_path: Path) -> None:
@@ -181,7 +185,31 @@ def test_resumed_training_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Pat
     assert curves[0] == curves[1]
     assert same(whole, short(tmp_path / "part", resume=True))  # nothing left to do
     with pytest.raises(ValueError, match="seed"):
-        train(128, 4, tmp_path / "part", settings=SHORT, environment=TINY, resume=True)
+        train(128, 4, tmp_path / "part", settings=SHORT, mixture=((TINY, 3), (NGRAM, 5)), resume=True)
+
+
+@pytest.mark.slow
+def test_fleets_on_a_ray_cluster_train_the_same_policy_bit_for_bit(tmp_path: Path) -> None:
+    """Two fleets in two processes."""
+    ray = pytest.importorskip("ray", reason="needs the extra lbw-rl[ray]")
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    try:
+        assert same(short(tmp_path / "local"), short(tmp_path / "ray", backend="ray"))
+    finally:
+        ray.shutdown()
+
+
+def test_every_mixture_says_what_it_is_made_of() -> None:
+    for name, mixture in MIXTURES.items():
+        assert mixture_named(name) is mixture
+        for kind, n in mixture:
+            env = kind.fleet(1)
+            record = json.loads(json.dumps(kind.record()))
+            assert n > 0
+            assert record["model"] == kind.shape.name
+            assert record["split"] == "train"
+            assert set(record["corpora"]) == set(env.task_distribution["corpora"])
+            assert tuple(record["horizon"]) == env.task_distribution["horizon"]
 
 
 def test_checkpoint_holds_no_code(tmp_path: Path) -> None:
@@ -199,13 +227,13 @@ def test_training_keeps_the_number_of_threads(tmp_path: Path) -> None:
 def test_refuses_bad_budgets(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="decisions=0"):
         train(0, 0, tmp_path)
-    with pytest.raises(ValueError, match="num_envs=9"):
-        PPOSettings(num_envs=9, fleets=2)
+    with pytest.raises(ValueError, match="mixture: 'narrow' is unknown; accepted: plain, broad"):
+        train(1, 0, tmp_path, mixture="narrow")
 
 
 def test_evaluation_pairs_policies_on_the_same_proxies() -> None:
-    idle = evaluate_actor(neutral, 6, **TINY)
-    random = evaluate_actor(uniform(0), 6, **TINY)
+    idle = evaluate_actor(neutral, 6, kinds=(TINY, NGRAM))
+    random = evaluate_actor(uniform(0), 6, kinds=(TINY, NGRAM))
     assert (idle.gains == 0.0).all()
     assert np.array_equal(idle.lr_errors, random.lr_errors)
     assert not (random.gains == 0.0).all()
@@ -214,17 +242,17 @@ def test_evaluation_pairs_policies_on_the_same_proxies() -> None:
 
 def test_learns_to_repair_a_learning_rate_that_is_too_low(tmp_path: Path) -> None:
     """The trivial thing: every run is thirtyfold too slow, so the scale must go up."""
-    task: dict[str, Any] = {"lr_error": (0.03, 0.03), "well_tuned": 0.0, "horizon": (16, 16)}
-    settings = PPOSettings(num_envs=32, n_steps=8, batch_size=128, rollouts_per_segment=8, log_std_init=-0.5)
+    slow = ProxyKind(lr_error=(0.03, 0.03), well_tuned=0.0, horizon=(16, 16))
+    settings = PPOSettings(n_steps=8, batch_size=128, rollouts_per_segment=8, log_std_init=-0.5)
     authority = Authority(lr_scale=(1e-2, 1e2), momentum_scale=(0.5, 2.0), slew_up=100.0)
-    result = train(14 * 256, 0, tmp_path, settings=settings, environment=task, authority=authority)
+    result = train(14 * 256, 0, tmp_path, settings=settings, mixture=((slow, 16), (slow, 16)), authority=authority)
 
     def act(observations: np.ndarray) -> np.ndarray:
         return result.actor((observations - result.mean) / result.std)
 
-    gain = evaluate_actor(act, 12, authority=authority, **task).gains.mean()
+    gain = evaluate_actor(act, 12, authority=authority, kinds=(slow,)).gains.mean()
     assert gain > 0.2
-    assert gain > evaluate_actor(uniform(0), 12, authority=authority, **task).gains.mean()
+    assert gain > evaluate_actor(uniform(0), 12, authority=authority, kinds=(slow,)).gains.mean()
 
 
 @pytest.mark.slow

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
+from lbw_rl.envs.mixture import mixture_named
 from lbw_rl.policy import HEADER_FILE, load_policy, save_policy
 from lbw_rl.training_runs.actor import Actor
 from lbw_rl.training_runs.folders import prepare_output
 from lbw_rl.training_runs.policy_evaluation import Act, evaluate_actor, neutral, uniform
 from lbw_rl.training_runs.policy_training import CHECKPOINT_FILE, CURVE_FILE, PPOSettings, TrainingResult, train
+from lbw_rl.training_runs.workers import Backend
 
 UNTRAINED = "untrained"
 """Subfolder that holds the same network before training, frozen the same way: a control."""
@@ -44,6 +46,8 @@ def train_and_freeze(
         decisions: decisions to learn from; at least 1.
         seed: of network, tasks and exploration.
         rule: name of a rule-based controller whose scales the policy multiplies; None for scales of its own.
+        mixture: one of `lbw_rl.envs.mixture.MIXTURES`: what it learns on.
+        backend: "local", or "ray" for fleets in processes of a Ray cluster.
         resume: go on from an earlier attempt's checkpoint; a finished policy is returned as it is.
         meter: shows decisions, return, clip fraction and entropy.
         settings: PPO settings other than the default.
@@ -59,11 +63,12 @@ def train_and_freeze(
     folder = prepare_output(out, resume)
     if (folder / HEADER_FILE).exists():
         provenance = load_policy(folder).header.provenance
-        if (provenance["seed"], provenance["decisions"], provenance["rule"]) == (seed, decisions, rule):
+        wanted = {"seed": seed, "decisions": decisions, "rule": rule, "mixture": mixture}
+        if all(provenance.get(name) == value for name, value in wanted.items()):
             return _outcome(provenance)
+        held = ", ".join(f"{name} {provenance.get(name)}" for name in wanted)
         raise ValueError(
-            f"out: {folder} holds a policy of seed {provenance['seed']}, {provenance['decisions']} decisions and rule "
-            f"{provenance['rule']}; accepted: the same --seed, --decisions and --rule, or another --out"
+            f"out: {folder} holds a policy of {held}; accepted: the same --seed, --decisions, --rule and --mixture, or another --out"
         )
 
     def show(record: dict[str, float]) -> None:
@@ -71,14 +76,21 @@ def train_and_freeze(
             note = "return {return_mean:+.2f} clip {clip_fraction:.0%} entropy {entropy:+.2f}".format(**record)
             meter.update(min(decisions, int(record["decisions"])), decisions, note)
 
-    result = train(decisions, seed, folder, show, settings=settings, rule=rule, resume=resume)
+    result = train(
+        decisions, seed, folder, show, settings=settings, rule=rule, mixture=mixture, backend=backend, resume=resume
+    )
     contenders: dict[str, Act] = {
         "trained": _on_raw(result, result.actor),
         "untrained": _on_raw(result, result.untrained),
         "random": uniform(seed),
         "neutral": neutral,
     }
-    options: dict[str, Any] = {"authority": result.authority, "decide_every": result.decide_every, "rule": rule}
+    options: dict[str, Any] = {
+        "kinds": tuple(dict.fromkeys(kind for kind, _ in mixture_named(mixture))),
+        "authority": result.authority,
+        "decide_every": result.decide_every,
+        "rule": rule,
+    }
     judged = {name: evaluate_actor(act, proxies, **options).summary() for name, act in contenders.items()}
     provenance = {**result.provenance, "trained_on_decisions": result.decisions, "proxy_evaluation": judged}
     _freeze(folder / UNTRAINED, result, result.untrained, {**provenance, "trained_on_decisions": 0})

@@ -48,7 +48,12 @@ class Evaluation:
 
 
 def evaluate_actor(
-    act: Act, proxies: int = 128, *, kinds: Sequence[ProxyKind] = (ProxyKind(),), seed: int = EVALUATION_SEED, **arguments: Any
+    act: Act,
+    proxies: int = 128,
+    *,
+    kinds: Sequence[ProxyKind] = (ProxyKind(),),
+    seed: int = EVALUATION_SEED,
+    **arguments: Any,
 ) -> Evaluation:
     """Runs a policy over one episode of each of `proxies` fresh proxies.
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lbw_rl.authority import Authority
 from lbw_rl.envs.interface import DEFAULT_AUTHORITY
-from lbw_rl.envs.mixture import PLAIN_MIXTURE, Mixture
+from lbw_rl.envs.mixture import Mixture, mixture_named
 from lbw_rl.features import FEATURE_SCHEMA, FEATURES
 from lbw_rl.training_runs.actor import Actor, actor_of
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
@@ -70,7 +70,7 @@ def train(
     authority: Authority = DEFAULT_AUTHORITY,
     decide_every: int = 2,
     rule: str | None = None,
-    mixture: Mixture = PLAIN_MIXTURE,
+    mixture: str | Mixture = "plain",
     backend: Backend = "local",
     resume: bool = False,
 ) -> TrainingResult:
@@ -87,16 +87,18 @@ def train(
         decide_every: optimizer steps per decision.
         rule: name of the controller that actions are relative to; base runs under it then accompany the proxies, since
             what its multiples gain is small beside what sets one task apart from another.
-        mixture: kinds of proxies and how many of each; every entry is a fleet of its own.
+        mixture: kinds of proxies and how many of each, or the name of one of `lbw_rl.envs.mixture.MIXTURES`; every entry is a
+            fleet of its own.
         backend: "local": every fleet in a thread; "ray": in a process of a Ray cluster. The policy is the same, bit for bit.
         resume: go on from the checkpoint in `out`, if there is one.
 
     Raises:
-        ValueError: `decisions` below 1, or a checkpoint of another training.
+        ValueError: `decisions` below 1, an unknown mixture, or a checkpoint of another training.
     """
     if decisions < 1:
         raise ValueError(f"decisions={decisions} must be at least 1")
     settings = settings or PPOSettings()
+    name, kinds = (mixture, mixture_named(mixture)) if isinstance(mixture, str) else (None, mixture)
     out.mkdir(parents=True, exist_ok=True)
     arguments: dict[str, Any] = {
         "authority": authority,
@@ -107,9 +109,9 @@ def train(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each fleet has a thread of its own
     try:
-        with fleets(mixture, arguments, backend) as environments:
+        with fleets(kinds, arguments, backend) as environments:
             env = FleetVecEnv(environments)
-            provenance = _provenance(decisions, seed, settings, authority, decide_every, rule, mixture)
+            provenance = _provenance(decisions, seed, settings, authority, decide_every, rule, name, kinds)
             session = PPOSession(env, decisions, seed, out, settings, provenance, progress)
             if resume:
                 session.resume()
@@ -145,7 +147,8 @@ def _provenance(
     authority: Authority,
     decide_every: int,
     rule: str | None,
-    mixture: Mixture,
+    mixture: str | None,
+    kinds: Mixture,
 ) -> dict[str, Any]:
     from lbw_rl import __version__
 
@@ -155,12 +158,13 @@ def _provenance(
         "decisions": decisions,
         "decide_every": decide_every,
         "rule": rule,
+        "mixture": mixture,
         "authority": authority.model_dump(),
         "feature_schema": FEATURE_SCHEMA,
         "settings": asdict(settings),
         "tasks": {
             "environment": "lbw_rl/ProxyTraining-v0",
-            "fleets": [{"proxies": n, **kind.record()} for kind, n in mixture],
+            "fleets": [{"proxies": n, **kind.record()} for kind, n in kinds],
         },
         "versions": {
             "lbw_rl": __version__,

@@ -49,7 +49,9 @@ class FineTunedShape:
 
     def draw(self, rng: np.random.Generator) -> NDArray[np.float32]:
         """The pretrained weights, whatever `rng` is."""
-        return np.concatenate([value.numpy().ravel() for value in pretrained(self.base, self.pretraining_steps).values()])
+        return np.concatenate(
+            [value.numpy().ravel() for value in pretrained(self.base, self.pretraining_steps).values()]
+        )
 
     def data(self, task: Tasks, steps: int, batch: BatchShape, text: Path | None) -> tuple[Tensor, Tensor]:
         """Tokens of a single task; see `Family.data`."""

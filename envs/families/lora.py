@@ -71,7 +71,10 @@ class LoRAShape:
 
     def losses(self, weights: Mapping[str, Tensor], batch: Tensor) -> Tensor:
         """Mean cross-entropy of each model in nats per token, shape (n,); see `Family.losses`."""
-        frozen = {name: value.expand(len(batch), *value.shape[1:]) for name, value in pretrained(self.base, self.pretraining_steps).items()}
+        frozen = {
+            name: value.expand(len(batch), *value.shape[1:])
+            for name, value in pretrained(self.base, self.pretraining_steps).items()
+        }
         scale = self.alpha / self.rank
 
         def project(x: Tensor, name: str) -> Tensor:

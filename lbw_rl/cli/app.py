@@ -70,14 +70,27 @@ def train_policy(
             "policy sets its scales within the authority itself."
         ),
     ] = None,
+    mixture: Annotated[
+        str,
+        typer.Option(
+            help="What to learn on: plain, the default proxy; or broad, several kinds, for multiples of a rule."
+        ),
+    ] = "plain",
+    backend: Annotated[
+        str, typer.Option(help="Where the fleets of proxies run: local threads, or processes of a ray cluster.")
+    ] = "local",
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
     """Learn a policy with PPO on cheap proxy runs and freeze it into a folder."""
     from lbw_rl.training_runs.freeze import train_and_freeze
+    from lbw_rl.training_runs.workers import check_backend
 
+    where = check_backend(backend)
     with meter("training policy") as m:
-        result = train_and_freeze(out_dir, decisions=decisions, seed=seed, rule=rule, resume=resume, meter=m)
+        result = train_and_freeze(
+            out_dir, decisions=decisions, seed=seed, rule=rule, mixture=mixture, backend=where, resume=resume, meter=m
+        )
     if as_json:
         emit_json(result)
     else:
