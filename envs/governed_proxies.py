@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,15 +33,18 @@ class GovernedProxies:
         data: tasks and data of the runs.
         authority: what every executed action is held to.
         decide_every: optimizer steps per decision.
-        rule: name of a rule-based controller, or None.
+        rule: a controller, of which every run gets a copy, its name, or the folder of a frozen policy; or None.
     """
 
-    def __init__(self, data: ProxyData, authority: Authority, decide_every: int, rule: str | None) -> None:
+    def __init__(
+        self, data: ProxyData, authority: Authority, decide_every: int, rule: str | Path | Controller | None
+    ) -> None:
         self.runs = ProxyRuns(data)
         self.authority, self.decide_every = authority, decide_every
         self._probe = FleetProbe(self.runs.fleet)
         n = self.runs.fleet.n
-        self._rules: list[Controller] | None = None if rule is None else [load_controller(rule) for _ in range(n)]
+        one = None if rule is None else load_controller(rule)
+        self._rules: list[Controller] | None = None if one is None else [copy.deepcopy(one) for _ in range(n)]
         self._proposals = [Action() for _ in range(n)]
         self._proposed = np.full(n, np.nan)  # learning-rate scales at the decision before
         self.executed = [Action() for _ in range(n)]
@@ -59,6 +63,7 @@ class GovernedProxies:
                         total_steps=int(tasks.horizon[row]),
                         decide_every=self.decide_every,
                         authority=self.authority,
+                        seed=int(tasks.seed[row] % 2**31),
                         weights=self.runs.fleet.matrices,
                         low_rank=self.runs.data.family.name == "lora",
                         momentum=float(tasks.beta1[row]),

@@ -12,6 +12,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from lbw_rl.authority import Authority
+from lbw_rl.controller import Controller
 from lbw_rl.envs.families.family import Family
 from lbw_rl.envs.fleet import FleetShape, FloatArray
 from lbw_rl.envs.governed_proxies import Arrays, GovernedProxies
@@ -116,7 +117,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
     ## Information
 
     `info["telemetry"]`: signal name → array (num_envs,), the raw record behind the observation.
-    `info["gain"]`: *G* (num_envs,). `info["lr_scale"]`, `info["momentum_scale"]`: what was executed.
+    `info["gain"]`: *G* (num_envs,). `info["initial_loss"]`: of the untrained models (num_envs,), nats per token. `info["lr_scale"]`, `info["momentum_scale"]`: what was executed.
     `info["final_info"]` has these of the finished runs, and the fields of their tasks under `"task"`.
 
     ## Arguments
@@ -127,7 +128,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
     - `horizon`: shortest and longest run in optimizer steps.
     - `lr_error`, `well_tuned`: range of the learning-rate error, and the share of tasks without one.
     - `base_run`: whether a base run accompanies every governed one.
-    - `rule`: name of the controller that actions are relative to; None for the bare optimizer.
+    - `rule`: the controller that actions are relative to, its name, or the folder of a frozen policy; None for the bare optimizer.
     - `shape`, `batch`: family of the models (`lbw_rl.envs.families`) and its sizes; sizes of their batches.
     - `variety`: how much the tasks differ otherwise (`lbw_rl.envs.tasks.Variety`): `PLAIN`, `WIDE`, or your own.
     - `split`: "train", "validation" or "test": disjoint families of tasks (`lbw_rl.envs.splits`).
@@ -150,7 +151,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         lr_error: tuple[float, float] = LR_ERROR,
         well_tuned: float = WELL_TUNED,
         base_run: bool = True,
-        rule: str | None = None,
+        rule: str | Path | Controller | None = None,
         shape: Family | None = None,
         batch: BatchShape | None = None,
         variety: Variety = PLAIN,
@@ -310,6 +311,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         return {
             "telemetry": telemetry,
             "gain": self._gain.gain.copy(),
+            "initial_loss": self._gain.initial.copy(),
             "lr_scale": np.array([a.lr_scale for a in self._governed.executed]),
             "momentum_scale": np.array([a.momentum_scale for a in self._governed.executed]),
         }

@@ -1,0 +1,239 @@
+"""Evaluation on tiers: what is paired with what, tuned rivals, the figures, and the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import schedulefree
+import torch
+from one_model import fleet_of, reference
+from typer.testing import CliRunner
+
+from lbw_rl.cli.app import app
+from lbw_rl.controllers.open_loop import OpenLoop
+from lbw_rl.envs.families.transformer import FleetShape
+from lbw_rl.envs.mixture import ProxyKind
+from lbw_rl.envs.proxy_data import BatchShape
+from lbw_rl.envs.proxy_runs import ProxyData
+from lbw_rl.envs.schedule_free import schedule_free_losses
+from lbw_rl.envs.splits import SPLITS, split
+from lbw_rl.envs.tasks import SCHEDULES, WIDE, Tasks, sample_tasks
+from lbw_rl.training_runs.evaluation import rollouts, session
+from lbw_rl.training_runs.evaluation.report import read_evaluation
+from lbw_rl.training_runs.evaluation.rollouts import MOMENTS, governed, open_loop, tuned_adamw, tuned_schedule_free
+from lbw_rl.training_runs.evaluation.scores import PROFILE, iqm, score
+from lbw_rl.training_runs.evaluation.session import POLICY, REFERENCE, evaluate
+from lbw_rl.training_runs.evaluation.tiers import MULTIPLIERS, SEEDS, TIERS, Tier, tiers_named
+
+SMALL = ProxyKind(
+    shape=FleetShape(vocab=16, width=8, heads=1, ffn=8), batch=BatchShape(2, 4, 2), horizon=(16, 24), variety=WIDE
+)
+TIER = Tier("small", "nothing", SMALL, 3)
+N = 3 * len(MULTIPLIERS) * SEEDS
+
+
+# -- tiers -------------------------------------------------------------------------------------------
+
+
+def test_a_tier_is_a_grid_of_tasks_multipliers_and_seeds() -> None:
+    tasks = TIER.draw()
+    assert len(tasks) == N
+    shape = (3, len(MULTIPLIERS), SEEDS)
+    assert tasks.lr_error.reshape(shape).tolist() == [[[m] * SEEDS for m in MULTIPLIERS]] * 3
+    assert tasks.lr == pytest.approx(SMALL.shape.tuned_lr * tasks.lr_error)
+    seeds = tasks.seed.reshape(shape)
+    assert (seeds == seeds[:, :1]).all()  # paired over the multipliers
+    assert len(np.unique(seeds)) == 3 * SEEDS
+    for name in ("horizon", "schedule", "fault", "beta2", "corpus"):
+        values = getattr(tasks, name).reshape(3, -1)
+        assert (values == values[:, :1]).all()
+    again = TIER.draw()
+    assert (again.seed == tasks.seed).all()
+
+
+@pytest.mark.parametrize("tier", TIERS, ids=lambda tier: tier.name)
+def test_what_a_tier_holds_out_was_never_trained_on(tier: Tier) -> None:
+    found = {SPLITS[i] for i in split(tier.draw())}
+    expected = {"validation": {"validation"}, "adapters": {"test"}, "corpus": {"test"}}
+    assert found == expected.get(tier.name, {"train"})
+
+
+def test_unknown_tiers_are_refused() -> None:
+    assert tiers_named([]) == TIERS
+    assert [t.name for t in tiers_named(["longer", "corpus"])] == ["longer", "corpus"]
+    with pytest.raises(ValueError, match="tiers: 'wider' is unknown; accepted: in distribution, validation, "):
+        tiers_named(["wider"])
+
+
+# -- runs --------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_controller_ends_as_its_own_loop_does() -> None:
+    """Against the fleet's plain program, whatever the tasks' schedules, faults and rates."""
+    tasks = TIER.draw()
+    ends = governed(SMALL, tasks, "constant")
+    env = SMALL.fleet(N, base_run=True)
+    env.reset(seed=0, options={"tasks": tasks})
+    assert env._base is not None
+    initial = env._base.runs.held_out_losses()
+    alone = np.minimum(env._base.left_alone(range(N)), initial)
+    assert ends.losses[~ends.diverged] == pytest.approx(alone[~ends.diverged], rel=1e-5)
+    assert (ends.losses[ends.diverged] == initial[ends.diverged]).all()
+    assert (ends.scales == 0.0).all()
+
+
+def test_every_run_under_a_rule_has_a_controller_of_its_own() -> None:
+    tasks = TIER.draw()
+    together = governed(SMALL, tasks, "lbw-guard")
+    rows = np.array([0, 7])
+    apart = governed(SMALL, tasks.take(rows), "lbw-guard")
+    assert apart.losses == pytest.approx(together.losses[rows], rel=1e-4)
+    assert apart.scales == pytest.approx(together.scales[rows], rel=1e-2, abs=1e-2)
+    assert (together.scales != 0.0).any()
+
+
+def test_a_replayed_path_is_the_mean_at_the_right_rate() -> None:
+    tasks = TIER.draw()
+    scales = np.random.default_rng(0).normal(size=(N, MOMENTS))
+    controller = open_loop(scales, tasks)
+    assert isinstance(controller, OpenLoop)
+    right = scales[np.isclose(tasks.lr_error, 1.0)].mean(axis=0)
+    (recording,) = controller._recordings
+    assert recording.log_scale == pytest.approx(right)
+
+
+def test_tuned_adamw_is_the_best_of_its_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against every candidate, run again by itself."""
+    monkeypatch.setattr(rollouts, "RATES", (0.3, 3.0))
+    monkeypatch.setattr(rollouts, "FINER", (0.5, 1.0))
+    ends, settings = tuned_adamw(TIER)
+    losses = ends.losses.reshape(3, len(MULTIPLIERS), SEEDS)
+    assert (losses == losses[:, :1]).all()  # its rate is not the task's
+    tasks = TIER.draw()
+    for t, setting in enumerate(settings):
+        rows = tasks.take(t * len(MULTIPLIERS) * SEEDS + np.arange(SEEDS))
+
+        def mean(rate: float, schedule: int, of: Tasks) -> float:
+            lr = np.full(len(of), rate)
+            at = replace(of, lr=lr * SMALL.shape.tuned_lr, lr_error=lr, schedule=np.full(len(of), schedule))
+            return float(governed(SMALL, at, "constant").losses.mean())
+
+        first = {(r, s): mean(r, s, rows.take(np.array([0]))) for r in (0.3, 3.0) for s in range(len(SCHEDULES))}
+        rate, schedule = min(first, key=lambda candidate: first[candidate])
+        finer = {rate * f: mean(rate * f, schedule, rows) for f in (0.5, 1.0)}
+        assert setting == {"rate": pytest.approx(min(finer, key=lambda r: finer[r])), "schedule": SCHEDULES[schedule]}
+        assert losses[t, 0].mean() == pytest.approx(min(finer.values()), rel=1e-5)
+
+
+def test_schedule_free_fleet_is_the_packages_own_optimizer() -> None:
+    tasks = sample_tasks(np.random.default_rng(3), 4, horizon=(20, 20), well_tuned=1.0)
+    data = ProxyData(4, 20, SMALL.shape, SMALL.batch)
+    data.put(range(4), tasks)
+    losses, lost = schedule_free_losses(data)
+    assert not lost.any()
+    for row in range(4):
+        fleet = fleet_of(4, SMALL.shape)
+        fleet.reset([row], [tasks.generator(row, 1)], tasks.init_scale[[row]])
+        model, loss_of = reference(fleet, row)
+        optimizer = schedulefree.AdamWScheduleFree(
+            model.parameters(),
+            lr=float(tasks.lr[row]),
+            betas=(float(tasks.beta1[row]), float(tasks.beta2[row])),
+            weight_decay=float(tasks.weight_decay[row]),
+            warmup_steps=int(tasks.warmup[row]),
+        )
+        optimizer.train()
+        for step in range(int(tasks.horizon[row])):
+            optimizer.zero_grad()
+            loss_of(data.batches[row, step]).backward()
+            if np.isfinite(tasks.clip[row]):
+                torch.nn.utils.clip_grad_norm_(model.parameters(), float(tasks.clip[row]))
+            optimizer.step()
+        optimizer.eval()
+        with torch.no_grad():
+            assert losses[row] == pytest.approx(loss_of(data.held_out[row]).item(), rel=1e-4)
+
+
+def test_schedule_free_is_tuned_for_each_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollouts, "RATES", (0.1, 1.0))
+    monkeypatch.setattr(rollouts, "FINER", (1.0,))
+    ends, settings = tuned_schedule_free(TIER)
+    assert {s["schedule"] for s in settings} == {"none"}
+    assert ends.losses.shape == (N,)
+    assert np.isfinite(ends.losses).all()
+
+
+# -- figures -----------------------------------------------------------------------------------------
+
+
+def test_the_interquartile_mean_passes_over_what_is_lost() -> None:
+    assert iqm(np.array([0.0, 1.0, 2.0, 1e9])) == 1.5
+    assert iqm(np.arange(8.0).reshape(2, 4)) == 3.5
+
+
+def test_figures_of_arms_whose_answer_is_known() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(4.0, 0.5, (1, 6, 3, 2))
+    losses = {
+        "reference": base,
+        "same": base.copy(),
+        "better": base - 0.1,
+        "two policies": np.concatenate([base - 0.3, base - 0.1]),
+        "steep": base + np.array([0.6, 0.0, 0.3])[:, None],
+    }
+    found = score(losses, {name: np.zeros(x.shape, bool) for name, x in losses.items()}, "reference")
+    assert found["better"]["iqm"] == pytest.approx(-0.1)
+    assert found["better"]["iqm_interval"] == pytest.approx([-0.1, -0.1])
+    assert found["better"]["against"]["same"]["improves"] == 1.0
+    assert found["same"]["against"]["reference"]["improves"] == 0.5
+    pair = found["two policies"]
+    assert pair["iqm"] == pytest.approx(-0.2)
+    assert pair["iqm_interval"] == pytest.approx([-0.3, -0.1])  # policies are drawn anew as well
+    assert pair["against"]["better"]["iqm"] == pytest.approx(-0.1)
+    assert "two policies" not in found["better"]["against"]  # learned arms are subjects, not rivals
+    assert found["steep"]["lr_sensitivity"] - found["same"]["lr_sensitivity"] > 0.1
+    at = dict(zip(PROFILE, found["better"]["profile"], strict=True))
+    assert (at[-0.15], at[-0.05], at[1.0]) == (0.0, 1.0, 1.0)
+
+
+# -- the command -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_evaluate_judges_resumes_and_reports(
+    tmp_path: Path, policy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies = [policy_folder, tmp_path / "twin"]
+    shutil.copytree(policy_folder, policies[1])
+    found = evaluate(policies, [TIER], tmp_path / "out", workers=2)
+    arms = found["tiers"]["small"]
+    assert {POLICY, REFERENCE, "LBW-Guard-style", "PID", "EntroPIC", session.REPLAY} <= set(arms)
+    assert list(found["policies"]) == [str(p) for p in policies]
+    assert arms["LBW-Guard-style"]["iqm"] < arms["AdamW at the task's rate"]["iqm"]
+    files = sorted((tmp_path / "out/ends").iterdir())
+    stamps = [f.stat().st_mtime_ns for f in files]
+    again = evaluate(policies, [TIER], tmp_path / "out", resume=True, workers=1)
+    assert again["tiers"] == found["tiers"]
+    assert [f.stat().st_mtime_ns for f in sorted((tmp_path / "out/ends").iterdir())] == stamps
+    monkeypatch.setattr("lbw_rl.training_runs.evaluation.tiers.TIERS", (TIER,))
+    arguments = ["evaluate", *map(str, policies), "--out", str(tmp_path / "out"), "--resume", "--json"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["tiers"] == json.loads(json.dumps(found["tiers"]))
+    page = (tmp_path / "out/report.html").read_text()
+    assert "LBW-Guard-style" in page
+    assert "in 0 of 1 tiers" in page or "in 1 of 1 tiers" in page
+
+
+def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="policies: none given"):
+        evaluate([], TIERS, tmp_path / "out")
+    with pytest.raises(ValueError, match="policy"):
+        evaluate([tmp_path / "absent"], TIERS, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"evaluation: cannot read .*; accepted: what lbw-rl evaluate wrote"):
+        read_evaluation(tmp_path)

@@ -1,0 +1,153 @@
+"""`lbw-rl evaluate`: every arm on every tier, resumable, in parallel."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lbw_rl.policy import HEADER_FILE, load_policy
+from lbw_rl.training_runs.evaluation.rollouts import Ends, governed, open_loop, tuned_adamw, tuned_schedule_free
+from lbw_rl.training_runs.evaluation.scores import score
+from lbw_rl.training_runs.evaluation.tiers import MULTIPLIERS, SEEDS, Tier
+from lbw_rl.training_runs.folders import prepare_output, write_json
+from lbw_rl.training_runs.freeze import UNTRAINED, Meter
+from lbw_rl.training_runs.grid import record_of_machine
+from lbw_rl.training_runs.workers import executor, result_of
+
+REFERENCE, SCHEDULE_FREE = "AdamW, tuned for each task", "Schedule-Free, tuned for each task"
+POLICY, REPLAY = "policy", "replay of the policy's mean scale"
+RULES = {
+    "AdamW at the task's rate": "constant",
+    "random actions": "random",
+    "PID": "pid",
+    "EntroPIC": "entropic",
+    "LBW-Guard-style": "lbw-guard",
+}
+EVALUATION_FILE = "evaluation.json"
+
+
+def evaluate(
+    policies: Sequence[Path],
+    tiers: Sequence[Tier],
+    out: Path,
+    *,
+    resume: bool = False,
+    workers: int = 2,
+    meter: Meter | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Runs every policy, every rule and the tuned optimizers on every tier and writes `evaluation.json`.
+
+    Args:
+        policies: folders of frozen policies, taken as repetitions of one training; an `untrained` folder in one is a control.
+        tiers: what to judge on.
+        out: output folder; every arm and tier leaves a file in `ends/`.
+        resume: keep what an earlier attempt finished.
+        workers: processes, one torch thread each.
+        meter: shows progress.
+        command: the command line, for the record.
+
+    Returns:
+        `tiers`: name → the figures of `scores.score` by arm; `policies`: folder → the same figures of that policy alone; and
+        what it takes to repeat them.
+
+    Raises:
+        ValueError: no policy or one that is refused, or an output folder in use.
+    """
+    if not policies:
+        raise ValueError("policies: none given; accepted: one or more folders of frozen policies")
+    digests = {str(path): load_policy(path).header.weights_sha256 for path in policies}
+    folder = prepare_output(out, resume)
+    (folder / "ends").mkdir(exist_ok=True)
+    untrained = [path / UNTRAINED for path in policies if (path / UNTRAINED / HEADER_FILE).exists()]
+    arms: dict[str, str] = {REFERENCE: REFERENCE, SCHEDULE_FREE: SCHEDULE_FREE, **RULES}
+    arms |= {f"{POLICY} {path}": str(path) for path in policies}
+    arms |= {f"untrained {path}": str(path) for path in untrained[:1]}
+    jobs = [(tier, arm, what) for tier in tiers for arm, what in arms.items()]
+    ends = _run(jobs, folder, workers, meter, 0, len(jobs) + len(tiers))
+    # The replay needs what the first policy did.
+    first = f"{POLICY} {policies[0]}"
+    replays = [(tier, REPLAY, ends[tier.name, first]["scales"]) for tier in tiers]
+    ends |= _run(replays, folder, workers, meter, len(jobs), len(jobs) + len(tiers))
+    learned = [f"{POLICY} {path}" for path in policies]
+    found: dict[str, Any] = {"tiers": {}, "policies": {name: {} for name in digests}}
+    for tier in tiers:
+        shape = (-1, tier.tasks, len(MULTIPLIERS), SEEDS)
+        losses = {a: np.array(ends[tier.name, a]["losses"]).reshape(shape) for a in [*arms, REPLAY]}
+        lost = {a: np.array(ends[tier.name, a]["diverged"]).reshape(shape) for a in [*arms, REPLAY]}
+        joint = [{POLICY: np.concatenate([x.pop(name) for name in learned]), **x} for x in (dict(losses), dict(lost))]
+        for data in joint:
+            for name in [a for a in data if a.startswith("untrained ")]:
+                data["untrained policy"] = data.pop(name)
+        found["tiers"][tier.name] = score(joint[0], joint[1], REFERENCE)
+        for path, name in zip(digests, learned, strict=True):
+            alone = score({POLICY: losses[name], REFERENCE: losses[REFERENCE], "LBW-Guard-style": losses["LBW-Guard-style"]},
+                          {POLICY: lost[name], REFERENCE: lost[REFERENCE], "LBW-Guard-style": lost["LBW-Guard-style"]}, REFERENCE)  # fmt: skip
+            found["policies"][path][tier.name] = alone[POLICY]
+    found["provenance"] = {
+        **record_of_machine(command),
+        "policies": digests,
+        "multipliers": list(MULTIPLIERS),
+        "seeds": SEEDS,
+        "tiers": {t.name: {"held_out": t.held_out, "tasks": t.tasks, **t.kind.record()} for t in tiers},
+        "tuned": {t.name: ends[t.name, REFERENCE]["settings"] for t in tiers},
+    }
+    write_json(folder / EVALUATION_FILE, found)
+    return found
+
+
+def _run(
+    jobs: Sequence[tuple[Tier, str, Any]], folder: Path, workers: int, meter: Meter | None, before: int, total: int
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """The ends of all jobs; those on disk are not run again."""
+    files = {
+        (tier.name, arm): folder / "ends" / f"{_slug(tier.name)}-{_digest(arm, what)}.json" for tier, arm, what in jobs
+    }
+    done = {key: json.loads(file.read_text()) for key, file in files.items() if file.exists()}
+    with executor("local", workers) as submit:
+        futures = {
+            submit(_job, tier, arm, what): (tier.name, arm) for tier, arm, what in jobs if (tier.name, arm) not in done
+        }
+        for future in as_completed(futures):
+            key = futures[future]
+            done[key] = result_of(future)
+            write_json(files[key], done[key])
+            if meter is not None:
+                meter.update(before + len(done), total, f"{key[0]}: {key[1]}")
+    return done
+
+
+def _job(tier: Tier, arm: str, what: Any) -> dict[str, Any]:
+    """One arm on one tier, as JSON data."""
+    settings: list[dict[str, float | str]] | None = None
+    if arm == REFERENCE:
+        ends, settings = tuned_adamw(tier)
+    elif arm == SCHEDULE_FREE:
+        ends, settings = tuned_schedule_free(tier)
+    else:
+        tasks = tier.draw()
+        ends = governed(tier.kind, tasks, open_loop(np.array(what), tasks) if arm == REPLAY else what)
+    return {"arm": arm, "tier": tier.name, **_json(ends), "settings": settings}
+
+
+def _json(ends: Ends) -> Mapping[str, Any]:
+    return {name: value.tolist() for name, value in asdict(ends).items()}
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+def _digest(arm: str, what: Any) -> str:
+    """Of an arm and, where it is a policy, of its weights: another policy in the same folder is another arm."""
+    content = arm if not isinstance(what, str) or not Path(what).is_dir() else load_policy(what).header.weights_sha256
+    if arm == REPLAY:
+        content += hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
