@@ -214,7 +214,8 @@ def test_evaluate_judges_resumes_and_reports(
     arms = found["tiers"]["small"]
     assert {POLICY, REFERENCE, "LBW-Guard-style", "PID", "EntroPIC", session.REPLAY} <= set(arms)
     assert list(found["policies"]) == [str(p) for p in policies]
-    assert arms["LBW-Guard-style"]["iqm"] < arms["AdamW at the task's rate"]["iqm"]
+    assert arms[REFERENCE]["iqm"] == 0.0
+    assert arms["AdamW at the task's rate"]["iqm"] > 0.0  # one of its three rates is right at best
     files = sorted((tmp_path / "out/ends").iterdir())
     stamps = [f.stat().st_mtime_ns for f in files]
     again = evaluate(policies, [TIER], tmp_path / "out", resume=True, workers=1)

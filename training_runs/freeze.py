@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
 from lbw_rl.envs.mixture import mixture_named
-from lbw_rl.policy import HEADER_FILE, load_policy, save_policy
+from lbw_rl.policy import CARD_FILE, HEADER_FILE, load_policy, save_policy
 from lbw_rl.training_runs.actor import Actor
 from lbw_rl.training_runs.folders import prepare_output
 from lbw_rl.training_runs.policy_evaluation import Act, evaluate_actor, neutral, uniform
@@ -99,14 +100,55 @@ def train_and_freeze(
     return _outcome(provenance)
 
 
-def ship(folder: str | Path, target: str | Path) -> Path:
-    """Copies the deployable files of a frozen policy and its learning curve, nothing else."""
+def ship(folder: str | Path, target: str | Path, evaluation: str | Path | None = None) -> Path:
+    """Copies the deployable files of a frozen policy and its learning curve, nothing else.
+
+    Args:
+        folder: of the policy.
+        target: of the copy.
+        evaluation: folder of an `lbw-rl evaluate` that judged this policy; its figures are added to the card.
+
+    Raises:
+        ValueError: the evaluation did not judge this policy.
+    """
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("policy.safetensors", HEADER_FILE, "CARD.md", CURVE_FILE):
+    for name in ("policy.safetensors", HEADER_FILE, CARD_FILE, CURVE_FILE):
         shutil.copy2(Path(folder) / name, target / name)
-    load_policy(target)
+    header = load_policy(target).header
+    if evaluation is not None:
+        card = target / CARD_FILE
+        results = _held_out_results(Path(evaluation), header.weights_sha256)
+        card.write_text(
+            card.read_text(encoding="utf-8").replace("**Limits.**", f"{results}\n**Limits.**"), encoding="utf-8"
+        )
     return target
+
+
+def _held_out_results(evaluation: Path, sha256: str) -> str:
+    """The tiers' table of one policy."""
+    from lbw_rl.training_runs.evaluation.report import read_evaluation
+
+    found = read_evaluation(evaluation)
+    judged = [path for path, digest in found["provenance"]["policies"].items() if digest == sha256]
+    if not judged:
+        raise ValueError(f"evaluation: {evaluation} did not judge this policy (weights sha256 {sha256[:16]}…)")
+    rows = []
+    for name, of in found["policies"][judged[0]].items():
+        against = of["against"]["LBW-Guard-style"]
+        figures = [(of["iqm"], of["iqm_interval"]), (against["iqm"], against["iqm_interval"])]
+        cells = [f"{math.exp(x):.3f} [{math.exp(low):.3f}, {math.exp(high):.3f}]" for x, (low, high) in figures]
+        held_out = found["provenance"]["tiers"][name]["held_out"]
+        rows.append(
+            f"| {name} | {held_out} | {cells[0]} | {cells[1]} | {of['lr_sensitivity']:.3f} | {of['diverged']:.1%} |"
+        )
+    return (
+        "**Results on held-out tiers** (`lbw-rl evaluate`: interquartile mean of perplexity ratios over tasks, learning rates 1/30, 1 and "
+        "30 × the tuned one, and seeds; 95 % bootstrap interval):\n\n"
+        "| tier | held out | / AdamW tuned for each task | / `lbw-guard` | LR sensitivity, nats | diverged |\n|---|---|---|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n"
+    )
 
 
 def _on_raw(result: TrainingResult, actor: Actor) -> Act:

@@ -26,7 +26,11 @@ from lbw_rl.training_runs.ppo_session import CHECKPOINT_FILE, CURVE_FILE, PPOSes
 from lbw_rl.training_runs.training_monitor import Progress
 from lbw_rl.training_runs.workers import Backend
 
-__all__ = ["CHECKPOINT_FILE", "CURVE_FILE", "PPOSettings", "TrainingResult", "evaluate_actor", "train"]
+__all__ = ["CHECKPOINT_FILE", "CURVE_FILE", "STEERING", "PPOSettings", "TrainingResult", "evaluate_actor", "train"]
+
+
+STEERING = PPOSettings(log_std_init=-0.7, learning_rate=3e-3)
+"""For multiples of a rule: half of their reach is not far, so that exploration may be wide (docs/LOG.md, 2026-11-28)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +86,7 @@ def train(
         out: folder for the learning curve and the checkpoint.
         progress: called after every rollout with "decisions", "return_mean", "clip_fraction" (share of the actions
             that lay outside [-1, 1] before clipping), "entropy", "diverged" and "eta_seconds".
-        settings: of PPO.
+        settings: of PPO; default: `STEERING` with a rule, else those of `PPOSettings`.
         authority: bounds on the actions.
         decide_every: optimizer steps per decision.
         rule: name of the controller that actions are relative to; base runs under it then accompany the proxies, since
@@ -97,7 +101,7 @@ def train(
     """
     if decisions < 1:
         raise ValueError(f"decisions={decisions} must be at least 1")
-    settings = settings or PPOSettings()
+    settings = settings or (STEERING if rule is not None else PPOSettings())
     name, kinds = (mixture, mixture_named(mixture)) if isinstance(mixture, str) else (None, mixture)
     out.mkdir(parents=True, exist_ok=True)
     arguments: dict[str, Any] = {
