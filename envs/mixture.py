@@ -62,16 +62,18 @@ class ProxyKind:
 Mixture = Sequence[tuple[ProxyKind, int]]
 """Kinds of proxies and how many of each; every entry is a batched program of its own."""
 
+_WIDER = FleetShape(vocab=256, width=64, heads=4, ffn=128)
 _STEEP = replace(WIDE, init_scale=(0.5, 4.0))
 """Initial weights up to four times as large: as steep as models of real width, at the price of the default proxy."""
 
 MIXTURES: dict[str, Mixture] = {
     "plain": ((ProxyKind(), 32), (ProxyKind(), 32)),
     "broad": (
-        (ProxyKind(horizon=(48, 256), lr_error=WIDE_LR_ERROR, variety=_STEEP), 24),
-        (ProxyKind(horizon=(128, 384), variety=replace(_STEEP, faulty=0.0, noisy=0.0)), 16),
-        (ProxyKind(shape=FineTunedShape(), horizon=(48, 256), variety=replace(WIDE, init_scale=(1.0, 1.0))), 16),
+        (ProxyKind(horizon=(48, 256), lr_error=WIDE_LR_ERROR, variety=_STEEP), 16),
+        (ProxyKind(horizon=(128, 384), variety=replace(_STEEP, faulty=0.0, noisy=0.0)), 12),
+        (ProxyKind(shape=FineTunedShape(), horizon=(48, 256), variety=replace(WIDE, init_scale=(1.0, 1.0))), 12),
         (ProxyKind(shape=NGramShape(), horizon=(64, 384), variety=replace(WIDE, init_scale=(1.0, 1.0))), 8),
+        (ProxyKind(shape=_WIDER, batch=BatchShape(6, 24, 8), horizon=(128, 384)), 16),
     ),
 }
 """Name → mixture. "plain" is what scales are learned on: the default proxy. "broad" is what multiples of a rule are
