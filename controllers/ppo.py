@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from lbw_rl.action import Action, Directive, log_interpolate
 from lbw_rl.controller import Context, Controller
-from lbw_rl.features import FeatureTracker
+from lbw_rl.features import FEATURES, FeatureTracker
 from lbw_rl.policy import PolicyError, load_policy
 from lbw_rl.registry import load_controller
 from lbw_rl.signals import Telemetry
@@ -43,15 +43,20 @@ class FrozenPolicy(Controller):
 
     Args:
         folder: a frozen policy; None takes the newest shipped one.
+        blind_to: features that it is to see as if they had not been measured: an ablation of its inputs.
 
     Raises:
         PolicyError (a `ValueError`): the folder is missing, damaged, or of another schema version.
+        ValueError: `blind_to` names no feature.
     """
 
     name = "ppo"
     time_limit = None
 
-    def __init__(self, folder: str | Path | None = None) -> None:
+    def __init__(self, folder: str | Path | None = None, blind_to: Sequence[str] = ()) -> None:
+        if unknown := [name for name in blind_to if name not in FEATURES]:
+            raise ValueError(f"ppo.blind_to: {unknown[0]!r} is no feature; accepted: {', '.join(FEATURES)}")
+        self._blind = [list(FEATURES).index(name) for name in blind_to]
         self.folder = Path(folder) if folder is not None else newest_pretrained()
         self.policy = load_policy(self.folder)
         self.decide_every = self.policy.header.decide_every
@@ -73,6 +78,7 @@ class FrozenPolicy(Controller):
         steers = header.relative_to != "schedule"
         signals = telemetry.as_dict()
         features = self._tracker(relative(signals, self._proposed) if steers else signals)[0]
+        features[self._blind] = 0.0
         unfamiliarity = float((np.abs(features - self.policy.mean) / self.policy.std).max())
         unfamiliar = unfamiliarity > header.fallback.feature_z
         self._unfamiliar += unfamiliar

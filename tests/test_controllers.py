@@ -288,7 +288,7 @@ def test_random_draws_are_log_uniform_within_the_authority_and_belong_to_the_see
 def frozen(folder, weight=0.0, bias=(0.0, 0.0), authority=WIDE):
     return save_policy(
         folder,
-        [(np.full((2, len(FEATURES)), weight, np.float32), np.array(bias, np.float32))],
+        [(np.broadcast_to(np.float32(weight), (2, len(FEATURES))).copy(), np.array(bias, np.float32))],
         mean=np.zeros(len(FEATURES)),
         std=np.ones(len(FEATURES)),
         authority=authority,
@@ -296,6 +296,20 @@ def frozen(folder, weight=0.0, bias=(0.0, 0.0), authority=WIDE):
         provenance={},
         card="",
     )
+
+
+def test_a_policy_can_be_blind_to_what_it_was_taught_to_see(tmp_path):
+    """Features that it is blind to read as not measured, others as ever; a name that is none is refused."""
+    index = list(FEATURES).index("grad_cosine")
+    weights = np.zeros((2, len(FEATURES)), np.float32)
+    weights[0, index] = 1.0
+    folder = frozen(tmp_path / "p", weight=weights)
+    seen = Telemetry(grad_cosine=0.3, progress=0.9)
+    assert FrozenPolicy(folder).act(seen).evidence["action_lr"] == pytest.approx(0.6)
+    assert FrozenPolicy(folder, blind_to=["progress"]).act(seen).evidence["action_lr"] == pytest.approx(0.6)
+    assert load_controller("ppo", folder=folder, blind_to=["grad_cosine"]).act(seen).evidence["action_lr"] == 0.0
+    with pytest.raises(ValueError, match=r"^ppo.blind_to: 'loss' is no feature; accepted: progress, "):
+        FrozenPolicy(folder, blind_to=["loss"])
 
 
 @pytest.mark.parametrize(

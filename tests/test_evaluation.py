@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,14 @@ from lbw_rl.envs.proxy_runs import ProxyData
 from lbw_rl.envs.schedule_free import schedule_free_losses
 from lbw_rl.envs.splits import SPLITS, split
 from lbw_rl.envs.tasks import SCHEDULES, WIDE, Tasks, sample_tasks
+from lbw_rl.features import FEATURES
 from lbw_rl.training_runs.evaluation import rollouts, session
 from lbw_rl.training_runs.evaluation.report import read_evaluation
 from lbw_rl.training_runs.evaluation.rollouts import MOMENTS, governed, open_loop, tuned_adamw, tuned_schedule_free
 from lbw_rl.training_runs.evaluation.scores import PROFILE, iqm, score
 from lbw_rl.training_runs.evaluation.session import POLICY, REFERENCE, evaluate
 from lbw_rl.training_runs.evaluation.tiers import MULTIPLIERS, SEEDS, TIERS, Tier, tiers_named
+from lbw_rl.training_runs.freeze import ship
 
 SMALL = ProxyKind(
     shape=FleetShape(vocab=16, width=8, heads=1, ffn=8), batch=BatchShape(2, 4, 2), horizon=(16, 24), variety=WIDE
@@ -210,25 +213,56 @@ def test_evaluate_judges_resumes_and_reports(
 ) -> None:
     policies = [policy_folder, tmp_path / "twin"]
     shutil.copytree(policy_folder, policies[1])
-    found = evaluate(policies, [TIER], tmp_path / "out", workers=2)
+    found = evaluate(policies, [TIER], tmp_path / "out", ablate=True, workers=2)
     arms = found["tiers"]["small"]
     assert {POLICY, REFERENCE, "LBW-Guard-style", "PID", "EntroPIC", session.REPLAY} <= set(arms)
+    assert {f"policy blind to {group}" for group in session.SIGNAL_GROUPS} <= set(arms)
     assert list(found["policies"]) == [str(p) for p in policies]
     assert arms[REFERENCE]["iqm"] == 0.0
     assert arms["AdamW at the task's rate"]["iqm"] > 0.0  # one of its three rates is right at best
     files = sorted((tmp_path / "out/ends").iterdir())
     stamps = [f.stat().st_mtime_ns for f in files]
-    again = evaluate(policies, [TIER], tmp_path / "out", resume=True, workers=1)
+    again = evaluate(policies, [TIER], tmp_path / "out", ablate=True, resume=True, workers=1)
     assert again["tiers"] == found["tiers"]
     assert [f.stat().st_mtime_ns for f in sorted((tmp_path / "out/ends").iterdir())] == stamps
     monkeypatch.setattr("lbw_rl.training_runs.evaluation.tiers.TIERS", (TIER,))
-    arguments = ["evaluate", *map(str, policies), "--out", str(tmp_path / "out"), "--resume", "--json"]
+    arguments = ["evaluate", *map(str, policies), "--out", str(tmp_path / "out"), "--ablate", "--resume", "--json"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert json.loads(result.stdout)["tiers"] == json.loads(json.dumps(found["tiers"]))
     page = (tmp_path / "out/report.html").read_text()
     assert "LBW-Guard-style" in page
     assert "in 0 of 1 tiers" in page or "in 1 of 1 tiers" in page
+
+
+def test_the_groups_of_signals_are_features() -> None:
+    named = [name for names in session.SIGNAL_GROUPS.values() for name in names]
+    assert len(named) == len(set(named))
+    assert set(FEATURES) - set(named) == {"lr_scale", "momentum_scale", "nonfinite"}
+
+
+def test_a_shipped_policy_s_card_tells_how_it_was_judged(tmp_path: Path, policy_folder: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(policy_folder, source)
+    (source / "CARD.md").write_text("# Card\n\n**Limits.** Some.\n")
+    (source / "learning_curve.jsonl").write_text("")
+    digest = json.loads((source / "policy.json").read_text())["weights_sha256"]
+    judged = {"iqm": 0.0, "iqm_interval": [-0.1, 0.1], "lr_sensitivity": 0.01, "diverged": 0.0}
+    against = {"LBW-Guard-style": {"iqm": math.log(0.9), "iqm_interval": [math.log(0.8), math.log(0.95)]}}
+    found = {
+        "tiers": {},
+        "policies": {"x": {"small": {**judged, "against": against}}},
+        "provenance": {"policies": {"x": digest}, "tiers": {"small": {"held_out": "nothing"}}},
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    card = (ship(source, tmp_path / "shipped", tmp_path) / "CARD.md").read_text()
+    assert (
+        "| small | nothing | 1.000 [0.905, 1.105] | 0.900 [0.800, 0.950] | 0.010 | 0.0% |\n\n**Limits.** Some." in card
+    )
+    found["provenance"]["policies"]["x"] = "0" * 64
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"did not judge this policy \(weights sha256"):
+        ship(source, tmp_path / "again", tmp_path)
 
 
 def test_what_cannot_be_evaluated_is_refused(tmp_path: Path) -> None:

@@ -348,6 +348,9 @@ def evaluate(
         str | None, typer.Option(help="Comma-separated tiers instead of all; an unknown name lists them.")
     ] = None,
     out_dir: Out = Path("evaluation"),
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Also run the first policy blind to each group of signals.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Local processes; default: one per core.", min=1)] = None,
     resume: Resume = False,
     as_json: AsJson = False,
@@ -369,6 +372,7 @@ def evaluate(
             policies,
             chosen,
             out_dir,
+            ablate=ablate,
             resume=resume,
             workers=workers or os.cpu_count() or 1,
             meter=m,

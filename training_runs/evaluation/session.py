@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from lbw_rl.controller import Controller
+from lbw_rl.controllers.ppo import FrozenPolicy
 from lbw_rl.policy import HEADER_FILE, load_policy
+from lbw_rl.registry import load_controller
 from lbw_rl.training_runs.evaluation.rollouts import Ends, governed, open_loop, tuned_adamw, tuned_schedule_free
 from lbw_rl.training_runs.evaluation.scores import score
 from lbw_rl.training_runs.evaluation.tiers import MULTIPLIERS, SEEDS, Tier
@@ -31,6 +34,18 @@ RULES = {
     "LBW-Guard-style": "lbw-guard",
 }
 EVALUATION_FILE = "evaluation.json"
+SIGNAL_GROUPS = {
+    "the device": ("gpu_utilization", "gpu_memory", "gpu_power"),
+    "the loss": ("loss_level", "loss_trend", "loss_jump", "loss_noise"),
+    "the gradient's norm": ("grad_norm_jump", "grad_norm_level"),
+    "steepness": ("steepness",),
+    "the gradient's direction and entropies": (
+        "grad_entropy", "grad_entropy_element", "grad_agreement", "grad_cosine", "surprise",
+    ),
+    "the update's size": ("displacement", "update_ratio_trend", "weight_growth"),
+    "progress and schedule": ("progress", "schedule"),
+}  # fmt: skip
+"""Signals that a policy may have learned to need, by what they tell of; with `ablate` it goes without each."""
 
 
 def evaluate(
@@ -38,6 +53,7 @@ def evaluate(
     tiers: Sequence[Tier],
     out: Path,
     *,
+    ablate: bool = False,
     resume: bool = False,
     workers: int = 2,
     meter: Meter | None = None,
@@ -49,6 +65,7 @@ def evaluate(
         policies: folders of frozen policies, taken as repetitions of one training; an `untrained` folder in one is a control.
         tiers: what to judge on.
         out: output folder; every arm and tier leaves a file in `ends/`.
+        ablate: let the first policy also run blind to each of `SIGNAL_GROUPS`.
         resume: keep what an earlier attempt finished.
         workers: processes, one torch thread each.
         meter: shows progress.
@@ -67,9 +84,11 @@ def evaluate(
     folder = prepare_output(out, resume)
     (folder / "ends").mkdir(exist_ok=True)
     untrained = [path / UNTRAINED for path in policies if (path / UNTRAINED / HEADER_FILE).exists()]
-    arms: dict[str, str] = {REFERENCE: REFERENCE, SCHEDULE_FREE: SCHEDULE_FREE, **RULES}
+    arms: dict[str, Any] = {REFERENCE: REFERENCE, SCHEDULE_FREE: SCHEDULE_FREE, **RULES}
     arms |= {f"{POLICY} {path}": str(path) for path in policies}
     arms |= {f"untrained {path}": str(path) for path in untrained[:1]}
+    if ablate:
+        arms |= {f"policy blind to {group}": (str(policies[0]), names) for group, names in SIGNAL_GROUPS.items()}
     jobs = [(tier, arm, what) for tier in tiers for arm, what in arms.items()]
     ends = _run(jobs, folder, workers, meter, 0, len(jobs) + len(tiers))
     # The replay needs what the first policy did.
@@ -133,7 +152,13 @@ def _job(tier: Tier, arm: str, what: Any) -> dict[str, Any]:
         ends, settings = tuned_schedule_free(tier)
     else:
         tasks = tier.draw()
-        ends = governed(tier.kind, tasks, open_loop(np.array(what), tasks) if arm == REPLAY else what)
+        if arm == REPLAY:
+            controller: Controller = open_loop(np.array(what), tasks)
+        elif isinstance(what, tuple):
+            controller = FrozenPolicy(what[0], what[1])
+        else:
+            controller = load_controller(what)
+        ends = governed(tier.kind, tasks, controller)
     return {"arm": arm, "tier": tier.name, **_json(ends), "settings": settings}
 
 
@@ -147,7 +172,8 @@ def _slug(name: str) -> str:
 
 def _digest(arm: str, what: Any) -> str:
     """Of an arm and, where it is a policy, of its weights: another policy in the same folder is another arm."""
-    content = arm if not isinstance(what, str) or not Path(what).is_dir() else load_policy(what).header.weights_sha256
-    if arm == REPLAY:
-        content += hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
+    content = [arm]
+    for part in what if isinstance(what, tuple) else [what]:
+        is_policy = isinstance(part, str) and Path(part).is_dir()
+        content.append(load_policy(part).header.weights_sha256 if is_policy else json.dumps(part))
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
