@@ -76,17 +76,17 @@ def test_unknown_tiers_are_refused() -> None:
 # -- runs --------------------------------------------------------------------------------------------
 
 
-def test_a_run_without_a_controller_ends_as_its_own_loop_does() -> None:
-    """Against the fleet's plain program, whatever the tasks' schedules, faults and rates."""
+def test_a_run_without_a_controller_ends_as_the_bare_optimizer_does() -> None:
+    """Whatever the tasks' schedules, faults and rates, diverging ones included."""
     tasks = TIER.draw()
+    tasks = replace(tasks, lr=tasks.lr * np.where(tasks.lr_error > 1, 30.0, 1.0))
     ends = governed(SMALL, tasks, "constant")
-    env = SMALL.fleet(N, base_run=True)
-    env.reset(seed=0, options={"tasks": tasks})
-    assert env._base is not None
-    initial = env._base.runs.held_out_losses()
-    alone = np.minimum(env._base.left_alone(range(N)), initial)
-    assert ends.losses[~ends.diverged] == pytest.approx(alone[~ends.diverged], rel=1e-5)
-    assert (ends.losses[ends.diverged] == initial[ends.diverged]).all()
+    data = ProxyData(N, int(tasks.horizon.max()), SMALL.shape, SMALL.batch)
+    data.put(range(N), tasks)
+    losses, lost = rollouts.ungoverned(data)
+    assert ends.losses == pytest.approx(losses, rel=1e-5)
+    assert (ends.diverged == lost).all()
+    assert lost.any()
     assert (ends.scales == 0.0).all()
 
 

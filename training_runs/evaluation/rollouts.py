@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from lbw_rl.authority import Authority
 from lbw_rl.controller import Controller
+from lbw_rl.envs.held_out_gain import DivergenceWatch
 from lbw_rl.envs.interface import DEFAULT_AUTHORITY
 from lbw_rl.envs.mixture import ProxyKind
-from lbw_rl.envs.proxy_runs import ProxyData
+from lbw_rl.envs.proxy_runs import ProxyData, ProxyRuns
 from lbw_rl.envs.schedule_free import schedule_free_losses
 from lbw_rl.envs.tasks import SCHEDULES, Tasks
 from lbw_rl.registry import load_controller
@@ -93,7 +94,7 @@ def tuned_adamw(tier: Tier) -> tuple[Ends, list[dict[str, float | str]]]:
     tasks = tier.draw()
     first = tasks.take(np.arange(tier.tasks) * len(MULTIPLIERS) * SEEDS)
     candidates = [(s, r) for s in range(len(SCHEDULES)) for r in RATES]
-    losses = np.stack([_ungoverned(tier.kind, _at(first, r, s)) for s, r in candidates])
+    losses = np.stack([ungoverned(_data(tier.kind, _at(first, r, s)))[0] for s, r in candidates])
     best = [candidates[i] for i in losses.argmin(axis=0)]
     schedules, rates = np.array([s for s, _ in best]), np.array([r for _, r in best])
     return _refined(tier, rates, schedules)
@@ -118,8 +119,7 @@ def _refined(
         if schedules is None:
             ends = schedule_free_losses(_data(tier.kind, _at(seeds, rate)))
         else:
-            found = governed(tier.kind, _at(seeds, rate, schedules[of_tasks]), "constant")
-            ends = found.losses, found.diverged
+            ends = ungoverned(_data(tier.kind, _at(seeds, rate, schedules[of_tasks])))
         losses.append(ends[0].reshape(tier.tasks, SEEDS))
         lost.append(ends[1].reshape(tier.tasks, SEEDS))
     chosen = np.stack(losses).mean(axis=2).argmin(axis=0)
@@ -139,8 +139,25 @@ def _refined(
     return Ends(spread(losses), spread(lost), np.zeros((n, MOMENTS))), settings
 
 
-def _ungoverned(kind: ProxyKind, tasks: Tasks) -> FloatArray:
-    return governed(kind, tasks, "constant").losses
+def ungoverned(data: ProxyData) -> tuple[FloatArray, NDArray[np.bool_]]:
+    """The tasks of `data` under AdamW alone, with no signal measured.
+
+    Returns:
+        Final held-out losses and which runs diverged, as `governed` would find them under the controller "constant".
+    """
+    runs, watch = ProxyRuns(data), DivergenceWatch(len(data.tasks))
+    runs.start(range(len(data.tasks)))
+    alone = np.ones(len(data.tasks))
+    initial = runs.held_out_losses()
+    losses, lost = initial.copy(), np.zeros(len(data.tasks), dtype=bool)
+    while (running := (runs.step < data.tasks.horizon) & ~lost).any():
+        for _ in range(DECIDE_EVERY):
+            runs.update(alone, alone)
+            runs.backward()
+        now = runs.held_out_losses()
+        lost |= watch(runs.losses, now, initial) & running
+        losses = np.where(running, np.fmin(now, initial), losses)
+    return np.where(lost, initial, losses), lost
 
 
 def _at(tasks: Tasks, rate: FloatArray | float, schedule: NDArray[np.int64] | int | None = None) -> Tasks:
