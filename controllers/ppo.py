@@ -23,12 +23,12 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 def newest_pretrained() -> Path:
-    """The newest shipped policy: the last folder of `controllers/pretrained` by name.
+    """The newest shipped policy: the last folder of `controllers/pretrained` whose name begins with "ppo-".
 
     Raises:
         PolicyError: none is shipped with this installation.
     """
-    shipped = sorted(p.parent for p in PRETRAINED.glob("*/policy.json"))
+    shipped = sorted(p.parent for p in PRETRAINED.glob("ppo-*/policy.json"))
     if not shipped:
         raise PolicyError(f"policy: no frozen policy in {PRETRAINED}; train one with `lbw-rl train-policy --out DIR`")
     return shipped[-1]

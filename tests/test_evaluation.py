@@ -28,7 +28,7 @@ from lbw_rl.features import FEATURES
 from lbw_rl.training_runs.evaluation import rollouts, session
 from lbw_rl.training_runs.evaluation.report import read_evaluation
 from lbw_rl.training_runs.evaluation.rollouts import MOMENTS, governed, open_loop, tuned_adamw, tuned_schedule_free
-from lbw_rl.training_runs.evaluation.scores import PROFILE, iqm, score
+from lbw_rl.training_runs.evaluation.scores import PROFILE, score
 from lbw_rl.training_runs.evaluation.session import POLICY, REFERENCE, evaluate
 from lbw_rl.training_runs.evaluation.tiers import MULTIPLIERS, SEEDS, TIERS, Tier, tiers_named
 from lbw_rl.training_runs.freeze import ship
@@ -174,34 +174,47 @@ def test_schedule_free_is_tuned_for_each_task(monkeypatch: pytest.MonkeyPatch) -
 # -- figures -----------------------------------------------------------------------------------------
 
 
-def test_the_interquartile_mean_passes_over_what_is_lost() -> None:
-    assert iqm(np.array([0.0, 1.0, 2.0, 1e9])) == 1.5
-    assert iqm(np.arange(8.0).reshape(2, 4)) == 3.5
+ZEROS = np.zeros((1, 6, 3, 2), dtype=bool)
 
 
 def test_figures_of_arms_whose_answer_is_known() -> None:
     rng = np.random.default_rng(0)
     base = rng.normal(4.0, 0.5, (1, 6, 3, 2))
+    lost = base.copy()
+    lost[0, 0, 0, 0] += 1e9  # one run: the mean of the middle half passes over it
     losses = {
         "reference": base,
-        "same": base.copy(),
         "better": base - 0.1,
-        "two policies": np.concatenate([base - 0.3, base - 0.1]),
+        "lost": lost,
         "steep": base + np.array([0.6, 0.0, 0.3])[:, None],
+        "policy": np.concatenate([base - 0.3, base - 0.1]),
     }
-    found = score(losses, {name: np.zeros(x.shape, bool) for name, x in losses.items()}, "reference")
+    found = score(losses, dict.fromkeys(losses, ZEROS), "reference", "policy")
     assert found["better"]["iqm"] == pytest.approx(-0.1)
     assert found["better"]["iqm_interval"] == pytest.approx([-0.1, -0.1])
-    assert found["better"]["against"]["same"]["improves"] == 1.0
-    assert found["same"]["against"]["reference"]["improves"] == 0.5
-    pair = found["two policies"]
-    assert pair["iqm"] == pytest.approx(-0.2)
-    assert pair["iqm_interval"] == pytest.approx([-0.3, -0.1])  # policies are drawn anew as well
-    assert pair["against"]["better"]["iqm"] == pytest.approx(-0.1)
-    assert "two policies" not in found["better"]["against"]  # learned arms are subjects, not rivals
-    assert found["steep"]["lr_sensitivity"] - found["same"]["lr_sensitivity"] > 0.1
+    assert found["lost"]["iqm"] == 0.0
+    policy = found["policy"]
+    assert policy["iqm"] == pytest.approx(-0.2)
+    assert policy["iqm_interval"] == pytest.approx([-0.3, -0.1])  # policies are drawn anew as well
+    assert policy["against"]["better"]["iqm"] == pytest.approx(-0.1)
+    assert policy["against"]["reference"]["improves"] == 1.0
+    assert not any("against" in figures for arm, figures in found.items() if arm != "policy")
+    assert found["steep"]["lr_sensitivity"] - found["reference"]["lr_sensitivity"] > 0.1
     at = dict(zip(PROFILE, found["better"]["profile"], strict=True))
     assert (at[-0.15], at[-0.05], at[1.0]) == (0.0, 1.0, 1.0)
+
+
+def test_intervals_draw_tasks_anew_and_keep_the_multipliers_of_each() -> None:
+    """Tasks that differ widen the interval; multipliers that differ, alike in every task, do not."""
+    reference = np.zeros((1, 8, 3, 2))
+    by_task = reference + np.linspace(-1, 1, 8)[:, None, None]
+    by_multiplier = reference + np.array([-1.0, 0.0, 1.0])[:, None]
+    losses = {"reference": reference, "by task": by_task, "by multiplier": by_multiplier}
+    found = score(losses, dict.fromkeys(losses, np.zeros((1, 8, 3, 2), bool)), "reference", "by task")
+    low, high = found["by task"]["iqm_interval"]
+    assert low < -0.2 < 0.2 < high
+    assert found["by multiplier"]["iqm_interval"] == pytest.approx([0.0, 0.0])
+    assert found["by task"]["against"]["reference"]["improves"] == 0.5
 
 
 # -- the command -------------------------------------------------------------------------------------

@@ -128,6 +128,7 @@ def ship(folder: str | Path, target: str | Path, evaluation: str | Path | None =
 def _held_out_results(evaluation: Path, sha256: str) -> str:
     """The tiers' table of one policy."""
     from lbw_rl.training_runs.evaluation.report import read_evaluation
+    from lbw_rl.training_runs.evaluation.session import RULE
 
     found = read_evaluation(evaluation)
     judged = [path for path, digest in found["provenance"]["policies"].items() if digest == sha256]
@@ -135,7 +136,7 @@ def _held_out_results(evaluation: Path, sha256: str) -> str:
         raise ValueError(f"evaluation: {evaluation} did not judge this policy (weights sha256 {sha256[:16]}…)")
     rows = []
     for name, of in found["policies"][judged[0]].items():
-        against = of["against"]["LBW-Guard-style"]
+        against = of["against"][RULE]
         figures = [(of["iqm"], of["iqm_interval"]), (against["iqm"], against["iqm_interval"])]
         cells = [f"{math.exp(x):.3f} [{math.exp(low):.3f}, {math.exp(high):.3f}]" for x, (low, high) in figures]
         held_out = found["provenance"]["tiers"][name]["held_out"]

@@ -6,7 +6,7 @@ move, and bootstrap intervals over what a repetition would draw anew: policies, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,68 +20,67 @@ PROFILE = tuple(np.round(np.arange(-0.5, 1.01, 0.05), 2).tolist())
 """Log-perplexity ratios at which a performance profile is read."""
 
 
-def iqm(values: FloatArray) -> float:
-    """Mean of the middle half of `values`, of any shape."""
-    return float(trim_mean(values.reshape(-1), 0.25))
-
-
 def score(
-    losses: Mapping[str, FloatArray], diverged: Mapping[str, NDArray[np.bool_]], reference: str
+    losses: Mapping[str, FloatArray], diverged: Mapping[str, NDArray[np.bool_]], reference: str, subject: str
 ) -> dict[str, Any]:
     """All figures of one tier.
 
     Args:
-        losses: arm → final losses in nats per token, shape (policies, tasks, multipliers, seeds), where all but learned arms have
+        losses: arm → final losses in nats per token, shape (policies, tasks, multipliers, seeds), where all but the subject have
             one policy.
         diverged: arm → which runs diverged, of the same shapes.
         reference: the arm that ratios are to.
+        subject: the arm that is held against each of the others.
 
     Returns:
-        JSON data, a dict an arm: `iqm`, of the log-perplexity ratio to the reference, with its `interval`; `median_ppl`;
-        `lr_sensitivity` in nats (Wortsman et al. 2309.14322); `diverged`, a share; `profile`, the share of runs with a ratio of
-        at most each of `PROFILE`; and `against`, by other arm: `iqm` of the paired difference in loss (negative is better) with
-        its interval, and `improves`, the probability of a lower loss, ties halved, with its interval.
+        JSON data, a dict an arm: `iqm`, of the log-perplexity ratio to the reference, with its `iqm_interval`; `median_ppl`;
+        `lr_sensitivity` in nats (Wortsman et al. 2309.14322); `diverged`, a share; and `profile`, the share of runs with a ratio of
+        at most each of `PROFILE`. The subject's has `against` as well, by other arm: `iqm` of the paired difference in loss
+        (negative is better), and `improves`, the probability of a lower loss, ties halved, each with its interval.
     """
-    return {arm: _of_arm(arm, losses, diverged[arm], reference) for arm in losses}
-
-
-def _of_arm(arm: str, losses: Mapping[str, FloatArray], diverged: NDArray[np.bool_], reference: str) -> dict[str, Any]:
-    mine = losses[arm]
-    ratio = mine - losses[reference]
-    point = _with_interval({"iqm": (iqm, ratio)})
-    against = {
-        other: _with_interval({"iqm": (iqm, mine - theirs), "improves": (_improves, mine - theirs)})
+    found = {}
+    for arm, mine in losses.items():
+        ratio = mine - losses[reference]
+        found[arm] = {
+            **_with_interval({"iqm": _iqms}, ratio),
+            "median_ppl": float(np.exp(np.median(mine))),
+            "lr_sensitivity": float((mine - mine.min(axis=2, keepdims=True)).mean()),
+            "diverged": float(diverged[arm].mean()),
+            "profile": [float((ratio <= tau).mean()) for tau in PROFILE],
+        }
+    found[subject]["against"] = {
+        other: _with_interval({"iqm": _iqms, "improves": _improves}, losses[subject] - theirs)
         for other, theirs in losses.items()
-        if other != arm and len(theirs) == 1
+        if other != subject
     }
-    return {
-        **point,
-        "median_ppl": float(np.exp(np.median(mine))),
-        "lr_sensitivity": float((mine - mine.min(axis=2, keepdims=True)).mean()),
-        "diverged": float(diverged.mean()),
-        "profile": [float((ratio <= tau).mean()) for tau in PROFILE],
-        "against": against,
-    }
+    return found
 
 
-def _improves(differences: FloatArray) -> float:
-    return float((differences < 0).mean() + (differences == 0).mean() / 2)
+def _improves(differences: FloatArray) -> FloatArray:
+    return (differences < 0).mean(axis=-1) + (differences == 0).mean(axis=-1) / 2
 
 
-def _with_interval(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Each figure and its 95 % interval: name → value, name + "_interval" → (low, high)."""
+def _iqms(values: FloatArray) -> FloatArray:
+    return np.asarray(trim_mean(values, 0.25, axis=-1))
+
+
+def _with_interval(figures: Mapping[str, Callable[[FloatArray], FloatArray]], values: FloatArray) -> dict[str, Any]:
+    """Each figure of `values`, shape (policies, tasks, multipliers, seeds), and its 95 % interval.
+
+    Args:
+        figures: name → function of runs of shape (…, n), to (…).
+
+    Returns:
+        name → value, and name + "_interval" → [low, high].
+    """
     rng = np.random.default_rng(0)
-    some = next(iter(figures.values()))[1]
-    policies, tasks, _, seeds = some.shape
-    drawn: dict[str, list[float]] = {name: [] for name in figures}
-    for _ in range(RESAMPLES):
-        p = rng.integers(0, policies, policies)
-        t = rng.integers(0, tasks, tasks)
-        s = rng.integers(0, seeds, (tasks, seeds))
-        for name, (figure, values) in figures.items():
-            drawn[name].append(figure(values[p[:, None, None], t[None, :, None], :, s[None]]))
+    policies, tasks, _, seeds = values.shape
+    p = rng.integers(0, policies, (RESAMPLES, policies))
+    t = rng.integers(0, tasks, (RESAMPLES, tasks))
+    s = rng.integers(0, seeds, (RESAMPLES, tasks, seeds))
+    drawn = values[p[:, :, None, None], t[:, None, :, None], :, s[:, None]].reshape(RESAMPLES, -1)
     found: dict[str, Any] = {}
-    for name, (figure, values) in figures.items():
-        low, high = np.quantile(drawn[name], [0.025, 0.975])
-        found |= {name: figure(values), f"{name}_interval": [float(low), float(high)]}
+    for name, figure in figures.items():
+        low, high = np.quantile(figure(drawn), [0.025, 0.975])
+        found |= {name: float(figure(values.reshape(-1))), f"{name}_interval": [float(low), float(high)]}
     return found

@@ -25,13 +25,14 @@ from lbw_rl.training_runs.grid import record_of_machine
 from lbw_rl.training_runs.workers import executor, result_of
 
 REFERENCE, SCHEDULE_FREE = "AdamW, tuned for each task", "Schedule-Free, tuned for each task"
+RULE = "LBW-Guard-style"
 POLICY, REPLAY = "policy", "replay of the policy's mean scale"
 RULES = {
     "AdamW at the task's rate": "constant",
     "random actions": "random",
     "PID": "pid",
     "EntroPIC": "entropic",
-    "LBW-Guard-style": "lbw-guard",
+    RULE: "lbw-guard",
 }
 EVALUATION_FILE = "evaluation.json"
 SIGNAL_GROUPS = {
@@ -105,10 +106,15 @@ def evaluate(
         for data in joint:
             for name in [a for a in data if a.startswith("untrained ")]:
                 data["untrained policy"] = data.pop(name)
-        found["tiers"][tier.name] = score(joint[0], joint[1], REFERENCE)
+        found["tiers"][tier.name] = score(joint[0], joint[1], REFERENCE, POLICY)
         for path, name in zip(digests, learned, strict=True):
-            alone = score({POLICY: losses[name], REFERENCE: losses[REFERENCE], "LBW-Guard-style": losses["LBW-Guard-style"]},
-                          {POLICY: lost[name], REFERENCE: lost[REFERENCE], "LBW-Guard-style": lost["LBW-Guard-style"]}, REFERENCE)  # fmt: skip
+            beside = {POLICY: name, REFERENCE: REFERENCE, RULE: RULE}
+            alone = score(
+                {arm: losses[a] for arm, a in beside.items()},
+                {arm: lost[a] for arm, a in beside.items()},
+                REFERENCE,
+                POLICY,
+            )
             found["policies"][path][tier.name] = alone[POLICY]
     found["provenance"] = {
         **record_of_machine(command),
