@@ -39,7 +39,8 @@ class FrozenPolicy(Controller):
 
     Its two outputs in [-1, 1] map log-linearly onto the authority that it was trained under, or onto multiples of what
     a rule proposes (`lbw_rl.steering`); the governor's own authority then clips them like any other controller's. Features far outside the training distribution are
-    counted, and past a stated rate the header's rule-based fallback takes over for good.
+    counted, and past a stated rate the header's rule-based fallback takes over for good. It governs from the start where the
+    run is of a kind that can be told beforehand and that training had none of: low-rank adapters.
 
     Args:
         folder: a frozen policy; None takes the newest shipped one.
@@ -68,7 +69,7 @@ class FrozenPolicy(Controller):
         self._tracker = FeatureTracker(1, context.total_steps, context.weights)
         self._recent: deque[bool] = deque(maxlen=self.policy.header.fallback.window)
         self._unfamiliar = 0
-        self._fallen_back = False
+        self._fallen_back = context.low_rank and self.policy.header.fallback.adapters
         self._proposed = math.nan  # by the rule, at the decision before
         self._fallback.reset(context)
 

@@ -45,6 +45,10 @@ class Fallback(BaseModel):
         0.5, gt=0, le=1, description="share of recent decisions with such a feature past which the rule takes over"
     )
     window: int = Field(20, ge=1, description="recent decisions that the rate counts")
+    adapters: bool = Field(
+        True,
+        description="whether the rule governs runs that train low-rank adapters from the first step on: no proxies in training do",
+    )
 
     @field_validator("controller")
     @classmethod

@@ -167,7 +167,7 @@ BAD = {
         ["policy", "verify", "{}/tampered"],
         ["policy: ", "policy.safetensors has SHA-256", "altered"],
     ),
-    "verify: other schema": (["policy", "verify", "{}/future"], ["policy: ", "feature_schema", "99", "2"]),
+    "verify: other schema": (["policy", "verify", "{}/future"], ["policy: ", "feature_schema", "99", "3"]),
     "inspect: tampered": (
         ["policy", "inspect", "{}/tampered"],
         ["policy: ", "policy.safetensors has SHA-256", "altered"],

@@ -176,7 +176,7 @@ def test_a_truncated_header_is_refused(folder):
     ("changes", "reason"),
     [
         ({"policy_schema": 1}, "policy_schema is 1; this version reads 2"),
-        ({"feature_schema": 1}, "feature_schema is 1; this version computes 2"),
+        ({"feature_schema": 1}, "feature_schema is 1; this version computes 3"),
         ({"features": dict(reversed(FEATURES.items()))}, "in that order"),
         ({"features": {k: FEATURES[k] for k in list(FEATURES)[1:]}}, "in that order"),
         ({"feature_limit": 5.0}, "features are"),

@@ -84,6 +84,18 @@ def test_the_base_rate_does_not_show_in_what_it_decides(tmp_path):
         assert not torch.allclose(a, rule, atol=2e-3)
 
 
+def test_adapters_are_left_to_the_rule(tmp_path):
+    """No proxy in training has any, and a policy that steers them regardless ends 10 % worse (docs/LOG.md, 2026-11-28)."""
+    policy, rule = load_controller(frozen(tmp_path / "up", (1.0, 0.0))), load_controller("lbw-guard")
+    for low_rank in (True, False):
+        for controller in (policy, rule):
+            controller.reset(Context(total_steps=100, weights=1000, low_rank=low_rank))
+        telemetry = Telemetry(loss=4.0, grad_norm=1.0, learning_rate=1e-3, step=0.0, progress=0.0)
+        same = policy.act(telemetry).lr_scale == rule.act(telemetry).lr_scale
+        assert same is low_rank
+        assert policy.summary()["fallback_active"] is low_rank
+
+
 def test_a_restored_policy_goes_on_as_if_nothing_had_happened(tmp_path):
     folder = str(frozen(tmp_path / "mixed", (0.3, 0.0), weights=5.0))
     one, other = load_controller(folder), load_controller(folder)

@@ -409,6 +409,7 @@ def inspect(
     out.print(f"actions: relative to {header.relative_to}")
     out.print(
         f"fallback: {header.fallback.controller} past {header.fallback.rate:.0%} unfamiliar decisions of {header.fallback.window}"
+        + (", and in runs of low-rank adapters" if header.fallback.adapters else "")
     )
     table = Table("feature", "definition", "mean", "std", title=f"features, schema {header.feature_schema}")
     for (name, definition), mean, std in zip(header.features.items(), header.mean, header.std):
