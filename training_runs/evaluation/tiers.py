@@ -10,7 +10,6 @@ import numpy as np
 from lbw_rl.envs.families.lora import LoRAShape
 from lbw_rl.envs.families.transformer import FleetShape
 from lbw_rl.envs.mixture import ProxyKind
-from lbw_rl.envs.proxy_data import BatchShape
 from lbw_rl.envs.splits import corpora_of
 from lbw_rl.envs.tasks import TRAINING_CORPORA, WIDE, Tasks, sample_tasks
 
@@ -94,9 +93,7 @@ TIERS: tuple[Tier, ...] = (
     Tier(
         "larger",
         "the size: 20 times the weights of the default proxy, three layers",
-        ProxyKind(
-            shape=FleetShape(width=96, layers=3, heads=4, ffn=176), batch=BatchShape(8, 32, 8), horizon=(128, 256)
-        ),
+        ProxyKind(shape=FleetShape(width=96, layers=3, heads=4, ffn=176), horizon=(128, 192)),
         4,
         TRAINING_CORPORA,
     ),
