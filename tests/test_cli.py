@@ -20,6 +20,7 @@ pytest.importorskip("transformers", reason="needs the extra lbw-rl[hf]")
 COMMANDS = {
     "demo",
     "train-policy",
+    "evaluate",
     "run",
     "compare",
     "stress",

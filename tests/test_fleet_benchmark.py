@@ -120,7 +120,7 @@ def test_a_block_counts_the_model_steps_of_whole_episodes(monkeypatch) -> None:
     [
         (["--proxies", "8,none"], "proxies: 'none' must be a whole number, at least 1"),
         (["--rounds", "0"], "rounds: 0 must be a whole number, at least 1"),
-        (["--family", "gpt"], "family: 'gpt' is unknown; accepted: llama, qwen2, ngram, quadratic, lora"),
+        (["--family", "gpt"], "family: 'gpt' is unknown; accepted: llama, qwen2, ngram, quadratic, lora, fine-tuned"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(arguments, complaint, tmp_path, capsys) -> None:
