@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lbw_rl.cli.console import emit_json, err, meter, out
+from lbw_rl.cli.evaluate import EPILOG as EVALUATE_EXAMPLE
+from lbw_rl.cli.evaluate import evaluate
+from lbw_rl.cli.policy import policy_app
 from lbw_rl.cli.stress import EPILOG as STRESS_EXAMPLES
 from lbw_rl.cli.stress import stress
 
@@ -22,7 +25,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-policy_app = typer.Typer(help="Look at a frozen policy.", no_args_is_help=True)
 app.add_typer(policy_app, name="policy")
 
 Out = Annotated[Path, typer.Option("--out", help="Output folder; must be new or empty unless --resume.")]
@@ -341,93 +343,7 @@ def replay(
     out.print(table)
 
 
-@app.command(epilog="Example: `lbw-rl evaluate my-policy-0 my-policy-1 --out evaluation`")
-def evaluate(
-    policies: Annotated[list[Path], typer.Argument(help="Folders of frozen policies: repetitions of one training.")],
-    tiers: Annotated[
-        str | None, typer.Option(help="Comma-separated tiers instead of all; an unknown name lists them.")
-    ] = None,
-    out_dir: Out = Path("evaluation"),
-    ablate: Annotated[
-        bool, typer.Option("--ablate", help="Also run the first policy blind to each group of signals.")
-    ] = False,
-    workers: Annotated[int | None, typer.Option(help="Local processes; default: one per core.", min=1)] = None,
-    resume: Resume = False,
-    as_json: AsJson = False,
-) -> None:
-    """Judge learned policies against every rule and tuned optimizers on tiers of proxies that none was trained on.
-
-    Writes OUT/evaluation.json and OUT/report.html.
-    """
-    import os
-    import sys
-
-    from lbw_rl.training_runs.evaluation.report import build_evaluation_report, render_evaluation
-    from lbw_rl.training_runs.evaluation.session import evaluate as judge
-    from lbw_rl.training_runs.evaluation.tiers import tiers_named
-
-    chosen = tiers_named([name.strip() for name in tiers.split(",")] if tiers else [])
-    with meter("evaluating") as m:
-        found = judge(
-            policies,
-            chosen,
-            out_dir,
-            ablate=ablate,
-            resume=resume,
-            workers=workers or os.cpu_count() or 1,
-            meter=m,
-            command="lbw-rl " + " ".join(sys.argv[1:]),
-        )
-    path = build_evaluation_report(out_dir)
-    if as_json:
-        emit_json(found)
-    else:
-        out.print(render_evaluation(found))
-        out.print(f"report: {path}")
-
-
-@policy_app.command(epilog="Example: `lbw-rl policy inspect my-policy`")
-def inspect(
-    folder: Annotated[Path, typer.Argument(help="Folder of a frozen policy.")],
-    as_json: AsJson = False,
-) -> None:
-    """What a frozen policy is: features, authority, fallback, where it comes from."""
-    from rich.table import Table
-
-    from lbw_rl.policy import load_policy
-
-    policy = load_policy(folder)
-    header = policy.header
-    if as_json:
-        emit_json(header.model_dump())
-        return
-    parameters = sum(w.size + b.size for w, b in policy.layers)
-    out.print(
-        f"{folder}: {parameters:,} parameters, hidden {header.hidden_sizes}, decides every {header.decide_every} steps"
-    )
-    out.print(f"authority: lr_scale {header.authority.lr_scale}, momentum_scale {header.authority.momentum_scale}")
-    out.print(f"actions: relative to {header.relative_to}")
-    out.print(
-        f"fallback: {header.fallback.controller} past {header.fallback.rate:.0%} unfamiliar decisions of {header.fallback.window}"
-        + (", and in runs of low-rank adapters" if header.fallback.adapters else "")
-    )
-    table = Table("feature", "definition", "mean", "std", title=f"features, schema {header.feature_schema}")
-    for (name, definition), mean, std in zip(header.features.items(), header.mean, header.std):
-        table.add_row(name, definition, f"{mean:.3f}", f"{std:.3f}")
-    out.print(table)
-    for key, value in header.provenance.items():
-        out.print(f"{key}: {value}")
-
-
-@policy_app.command(epilog="Example: `lbw-rl policy verify my-policy`")
-def verify(folder: Annotated[Path, typer.Argument(help="Folder of a frozen policy.")]) -> None:
-    """Check that a frozen policy is intact: schema, features, normaliser, shapes, hash. Exit 2 with a reason if not."""
-    from lbw_rl.policy import load_policy
-
-    header = load_policy(folder).header
-    out.print(
-        f"intact: {folder} (weights sha256 {header.weights_sha256[:16]}…, feature schema {header.feature_schema})"
-    )
+app.command(epilog=EVALUATE_EXAMPLE)(evaluate)
 
 
 @app.command(epilog="Example: `lbw-rl doctor`")
