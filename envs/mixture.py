@@ -63,21 +63,24 @@ Mixture = Sequence[tuple[ProxyKind, int]]
 """Kinds of proxies and how many of each; every entry is a batched program of its own."""
 
 _WIDER = FleetShape(vocab=256, width=64, heads=4, ffn=128)
+_FULLER = replace(_WIDER, vocab=512)
 _STEEP = replace(WIDE, init_scale=(0.5, 4.0))
 """Initial weights up to four times as large: as steep as models of real width, at the price of the default proxy."""
 
 MIXTURES: dict[str, Mixture] = {
     "plain": ((ProxyKind(), 32), (ProxyKind(), 32)),
     "broad": (
-        (ProxyKind(horizon=(48, 256), lr_error=WIDE_LR_ERROR, variety=_STEEP), 16),
-        (ProxyKind(horizon=(128, 384), variety=replace(_STEEP, faulty=0.0, noisy=0.0)), 12),
-        (ProxyKind(shape=FineTunedShape(), horizon=(48, 256), variety=replace(WIDE, init_scale=(1.0, 1.0))), 12),
-        (ProxyKind(shape=NGramShape(), horizon=(64, 384), variety=replace(WIDE, init_scale=(1.0, 1.0))), 8),
-        (ProxyKind(shape=_WIDER, batch=BatchShape(6, 24, 8), horizon=(128, 384)), 16),
+        (ProxyKind(horizon=(48, 256), lr_error=WIDE_LR_ERROR, variety=_STEEP), 12),
+        (ProxyKind(horizon=(128, 384), variety=replace(_STEEP, faulty=0.0, noisy=0.0)), 8),
+        (ProxyKind(shape=FineTunedShape(), horizon=(48, 256), variety=replace(WIDE, init_scale=(1.0, 1.0))), 10),
+        (ProxyKind(shape=NGramShape(), horizon=(64, 384), variety=replace(WIDE, init_scale=(1.0, 1.0))), 6),
+        (ProxyKind(shape=_WIDER, batch=BatchShape(6, 24, 8), horizon=(128, 384)), 12),
+        # With batches near those of real runs: noise is what tells a policy how far the first steps may go.
+        (ProxyKind(shape=_FULLER, batch=BatchShape(8, 48, 8), horizon=(128, 320)), 8),
     ),
 }
 """Name → mixture. "plain" is what scales are learned on: the default proxy. "broad" is what multiples of a rule are
-learned on: the rule's best level differs among its kinds, by a factor of two, with how steep a model is and how long it runs."""
+learned on: the rule's best level differs among its kinds with how steep a model is, how noisy, and how long it runs."""
 
 
 def mixture_named(name: str) -> Mixture:
