@@ -17,10 +17,6 @@ weights walk, relative to their size, if the updates' directions are random. Cho
 STEEPNESS = 20.0
 """Nats of first-order loss change per unit of relative update, ‖g‖·‖w₀‖, up to which a run takes the whole displacement.
 On `mini-qwen2` it does not bind; chosen on wider models and on fine-tuning that no suite holds (docs/LOG.md, 2026-11-27)."""
-GENTLENESS = 5.0
-"""S below which a run takes more than the displacement, as 5 / S and at most twice as much. It is the least S that
-`mini-qwen2` shows, on which the displacement was chosen; that there is more to take below it was found on proxies (docs/LOG.md, 2026-11-28)."""
-_MOST = 2.0  # of the displacement: past it the gain ended on every proxy
 _OF_ADAPTERS = 0.55  # of the steepness: either factor moves the product
 _LARGEST_SHARE = 4.0  # of the displacement, for adapters: a gradient that vanishes must not ask for steps without end
 _UNKNOWN_AVERAGING = (
@@ -37,15 +33,14 @@ _USUAL_RMS = 0.02  # of fresh weights: the initial deviation of Qwen2, Llama and
 class UpdateTarget:
     """The update-to-weight ratio that a run should have now.
 
-    r* = displacement / sqrt(T · H) · share · ramp · shape, with
+    r* = displacement / sqrt(T · H) · min(1, steepness / S) · ramp · shape, with
 
     - H = 1/(1 − β), β the momentum as executed: what is held is the displacement, not the single step; 5 where it is unknown
       and 20 for SGD, with or without momentum;
     - S = ‖g‖ · ‖w₀‖ (nats), g the gradient and w₀ the weights at the start: the loss change, to first order, of an update as
-      large as the weights. A wider, deeper or pretrained model is steeper and takes smaller steps;
-    - share = 1 for S from 5 nats to `steepness`, steepness / S above, 5 / S (at most 2) below. Factors of low-rank adapters
-      have no size of their own that would mean anything: there it is 0.55 · steepness / S alone (at most 4), with the
-      weights as they are now, so that their size cancels and ‖g‖ · ‖Δw‖ itself is held;
+      large as the weights. A wider, deeper or pretrained model is steeper and takes smaller steps. Factors of low-rank
+      adapters have no size of their own that would mean anything: there it is 0.55 · steepness / S alone (at most 4), with
+      the weights as they are now, so that their size cancels and ‖g‖ · ‖Δw‖ itself is held;
     - shape = min(sqrt(1 − p), η/η_max): p the progress, η the scheduled rate and η_max its largest so far, so that an annealing
       that the user asked for is kept, and none comes twice. Without a horizon T = 1000 and the schedule alone.
 
@@ -96,9 +91,7 @@ class UpdateTarget:
         share = self._steepness / s if s > 0 else math.nan
         if self._low_rank:
             return min(_LARGEST_SHARE, _OF_ADAPTERS * share) if math.isfinite(share) else 1.0
-        if not math.isfinite(share):
-            return 1.0
-        return min(max(1.0, min(_MOST, GENTLENESS / s)), share)
+        return min(1.0, share) if math.isfinite(share) else 1.0
 
     def _horizon(self, t: Telemetry) -> float:
         if not self._normalised:

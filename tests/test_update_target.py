@@ -18,7 +18,7 @@ def target(**context):
 
 
 def telemetry(step=100, **signals):
-    usual = {"progress": step / 400, "learning_rate": 1e-3, "momentum_scale": 1.0, "grad_norm": 3.0, "weight_rms": 0.02}
+    usual = {"progress": step / 400, "learning_rate": 1e-3, "momentum_scale": 1.0, "grad_norm": 1.0, "weight_rms": 0.02}
     return Telemetry(**{"step": step, **usual, **signals})
 
 
@@ -29,7 +29,7 @@ def seen(subject, n=30, **signals):
 
 
 def test_displacement_over_the_root_of_horizon_and_momentum():
-    """S = 3 · 0.02 · 100 = 6 nats is between 5 and 10: nothing else binds. 2/sqrt(400 · 10) · sqrt(3/4)."""
+    """S = 1 · 0.02 · 100 = 2 nats is below 10: nothing else binds. 2/sqrt(400 · 10) · sqrt(3/4)."""
     assert seen(target()).ratio(telemetry()) == pytest.approx(2 / math.sqrt(400 * 10) * math.sqrt(0.75))
 
 
@@ -73,18 +73,11 @@ def test_a_steep_model_takes_steps_in_inverse_proportion(weights, weight_rms, gr
 def test_steepness_is_that_of_the_weights_at_the_start_and_of_the_largest_gradients():
     subject = seen(target(), weight_rms=0.02)
     seen(subject, weight_rms=0.5, grad_norm=0.1, n=1)
-    assert subject.steepness() == pytest.approx(6, rel=0.01)
+    assert subject.steepness() == pytest.approx(2, rel=0.01)
     seen(subject, grad_norm=0.1, n=200)
-    assert subject.steepness() == pytest.approx(6 * 0.25, rel=0.03)  # forgotten with a half-life of 100
-    seen(subject, grad_norm=9.0, n=60)
-    assert subject.steepness() == pytest.approx(18, rel=0.01)
-
-
-@pytest.mark.parametrize(("nats", "share"), [(1.0, 2.0), (2.5, 2.0), (4.0, 1.25), (5.0, 1.0), (9.0, 1.0)])
-def test_a_gentle_model_takes_up_to_twice_the_displacement(nats, share):
-    subject = seen(target(), grad_norm=nats / 2)
-    assert subject.steepness() == pytest.approx(nats)
-    assert subject.ratio(telemetry()) == pytest.approx(share * 2 / math.sqrt(400 * 10) * math.sqrt(0.75))
+    assert subject.steepness() == pytest.approx(2 * 0.25, rel=0.03)  # forgotten with a half-life of 100
+    seen(subject, grad_norm=3.0, n=60)
+    assert subject.steepness() == pytest.approx(6, rel=0.01)
 
 
 def test_of_adapters_the_first_order_loss_change_alone_is_held():
@@ -92,7 +85,7 @@ def test_of_adapters_the_first_order_loss_change_alone_is_held():
     for rms in (0.015, 0.02, 0.4):
         subject = seen(target(low_rank=True), weight_rms=0.01, n=5)
         seen(subject, weight_rms=rms)
-        change = subject.ratio(telemetry()) * rms * 100 * 3.0
+        change = subject.ratio(telemetry()) * rms * 100 * 1.0
         assert change == pytest.approx(0.55 * 2 * 10 / math.sqrt(400 * 10) * math.sqrt(0.75))
 
 
@@ -135,11 +128,11 @@ ODD = st.one_of(st.floats(0, 1e30), st.sampled_from([NAN, 0.0]))
 
 
 @given(st.lists(st.fixed_dictionaries({"grad_norm": ODD, "weight_rms": ODD, "learning_rate": ODD}), max_size=12))
-def test_whatever_is_measured_the_target_lies_between_0_and_twice_the_displacement(records):
+def test_whatever_is_measured_the_target_lies_between_0_and_the_whole_displacement(records):
     subject = target()
     for record in records:
         subject.observe(telemetry(**record))
-        assert 0 <= subject.ratio(telemetry(**record)) <= 2 * 2 / math.sqrt(400 * 10)
+        assert 0 <= subject.ratio(telemetry(**record)) <= 2 / math.sqrt(400 * 10)
 
 
 @pytest.mark.parametrize("low_rank", [False, True])
@@ -163,7 +156,7 @@ def test_momentum_is_shortened_and_never_lengthened():
 
 
 def test_mini_qwen2_is_granted_the_whole_displacement():
-    """The constants belong together: 166,000 weights of 0.02 and a gradient norm of 1 are 8 nats, neither gentle nor steep."""
+    """The constants belong together: 166,000 weights of 0.02 and a gradient norm of 1 are below the steepness."""
     subject = UpdateTarget(Context(total_steps=300, weights=166_000, momentum=0.8), DISPLACEMENT, STEEPNESS)
     seen(subject, weight_rms=0.02, grad_norm=1.0)
     full = DISPLACEMENT / math.sqrt(300 * 5)
