@@ -1,4 +1,4 @@
-"""The languages that proxies learn: synthetic ones, drawn anew for every task, and the characters of texts."""
+"""The languages that proxies learn: synthetic ones, drawn anew for every task, and texts, as characters or tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 
-CORPORA = ("markov-1", "markov-2", "python-docs", "file", "grammar", "brackets")
+CORPORA = ("markov-1", "markov-2", "python-docs", "file", "grammar", "brackets", "python-source")
+FEWEST_TOKENS = 512
+"""Vocabulary that "python-source" takes at least: below it a byte-pair encoding is little more than bytes."""
 TRAINING_SHARE = 0.9
 """Of a text, from its beginning; the rest is held out."""
 
@@ -39,15 +41,16 @@ def draw_tokens(
         int64 arrays of shape (sequences, length) and (held_out, length).
 
     Raises:
-        ValueError: "file" without a text, or with one too short to hold a sequence out.
+        ValueError: "file" without a text, or with one too short to hold a sequence out; "python-source" with too small a
+            vocabulary.
+        ModuleNotFoundError: "python-source" without the extra `lbw-rl[hf]`.
     """
-    if corpus in ("python-docs", "file"):
-        characters = python_docs(vocab) if corpus == "python-docs" else file_characters(text, vocab)
-        border = int(TRAINING_SHARE * len(characters))
-        if len(characters) - border <= length:
-            raise ValueError(f"text={text}: {len(characters)} characters; needed: more than {10 * length + 10}")
-        starts = rng.integers(0, border - length, sequences), rng.integers(border, len(characters) - length, held_out)
-        train, test = (characters[s[:, None] + np.arange(length)] for s in starts)
+    if (whole := _text(corpus, vocab, text)) is not None:
+        border = int(TRAINING_SHARE * len(whole))
+        if len(whole) - border <= length:
+            raise ValueError(f"text={text}: {len(whole)} characters; needed: more than {10 * length + 10}")
+        starts = rng.integers(0, border - length, sequences), rng.integers(border, len(whole) - length, held_out)
+        train, test = (whole[s[:, None] + np.arange(length)] for s in starts)
         return train, test
     total = sequences + held_out
     if corpus == "grammar":
@@ -57,6 +60,15 @@ def draw_tokens(
     else:
         both = _markov(rng, total, length, vocab, classes=1 if corpus == "markov-1" else 4)
     return both[:sequences], both[sequences:]
+
+
+def _text(corpus: str, vocab: int, text: Path | None) -> IntArray | None:
+    """The whole of a corpus that is a text; None for a language that is drawn."""
+    if corpus == "python-docs":
+        return python_docs(vocab)
+    if corpus == "file":
+        return file_characters(text, vocab)
+    return python_source(vocab) if corpus == "python-source" else None
 
 
 def _markov(rng: np.random.Generator, sequences: int, length: int, vocab: int, classes: int) -> IntArray:
@@ -140,6 +152,23 @@ def python_docs(vocab: int) -> IntArray:
     from pydoc_data.topics import topics
 
     return _ranks("\n".join(topics[key] for key in sorted(topics)), vocab)
+
+
+@cache
+def python_source(vocab: int) -> IntArray:
+    """The sources of CPython's standard library in the tokens of a byte-pair encoding: what real runs read.
+
+    Raises:
+        ValueError: a vocabulary below `FEWEST_TOKENS`.
+        ModuleNotFoundError: without the extra `lbw-rl[hf]`.
+    """
+    if vocab < FEWEST_TOKENS:
+        raise ValueError(f"vocab={vocab}: 'python-source' is read in tokens; accepted: at least {FEWEST_TOKENS}")
+    from lbw_rl.envs.corpus import load_corpus
+    from lbw_rl.envs.specs import DataSpec
+
+    corpus = load_corpus(DataSpec(corpus="python-source", vocab_size=vocab))
+    return np.concatenate([corpus.train.numpy(), corpus.held_out.numpy()])
 
 
 @cache

@@ -27,6 +27,7 @@ class ProxyKind:
     well_tuned: float = WELL_TUNED
     variety: Variety = PLAIN
     split: str = "train"
+    corpora: tuple[str, ...] | None = None
 
     def fleet(self, num_envs: int, **arguments: Any) -> ProxyTrainingVectorEnv:
         """An environment of `num_envs` such proxies.
@@ -44,6 +45,7 @@ class ProxyKind:
             well_tuned=self.well_tuned,
             variety=self.variety,
             split=self.split,
+            corpora=self.corpora,
             **arguments,
         )
 
@@ -53,7 +55,7 @@ class ProxyKind:
         plain = {name: getattr(self, name) for name in ("horizon", "lr_error", "well_tuned", "split")}
         return {
             "model": self.shape.name,
-            "corpora": corpora_of(self.shape.name, self.split),
+            "corpora": self.corpora or corpora_of(self.shape.name, self.split),
             **plain,
             **fields,
         }
@@ -63,9 +65,9 @@ Mixture = Sequence[tuple[ProxyKind, int]]
 """Kinds of proxies and how many of each; every entry is a batched program of its own."""
 
 _WIDER = FleetShape(vocab=256, width=64, heads=4, ffn=128)
-_FULLER = replace(_WIDER, vocab=512)
 _STEEP = replace(WIDE, init_scale=(0.5, 4.0))
 """Initial weights up to four times as large: as steep as models of real width, at the price of the default proxy."""
+_TOKENS = ("python-source",)
 
 MIXTURES: dict[str, Mixture] = {
     "plain": ((ProxyKind(), 32), (ProxyKind(), 32)),
@@ -74,9 +76,15 @@ MIXTURES: dict[str, Mixture] = {
         (ProxyKind(horizon=(128, 384), variety=replace(_STEEP, faulty=0.0, noisy=0.0)), 8),
         (ProxyKind(shape=FineTunedShape(), horizon=(48, 256), variety=replace(WIDE, init_scale=(1.0, 1.0))), 10),
         (ProxyKind(shape=NGramShape(), horizon=(64, 384), variety=replace(WIDE, init_scale=(1.0, 1.0))), 6),
-        (ProxyKind(shape=_WIDER, batch=BatchShape(6, 24, 8), horizon=(128, 384)), 12),
-        # With batches near those of real runs: noise is what tells a policy how far the first steps may go.
-        (ProxyKind(shape=_FULLER, batch=BatchShape(8, 48, 8), horizon=(128, 320)), 8),
+        (ProxyKind(shape=_WIDER, batch=BatchShape(6, 24, 8), horizon=(128, 384)), 8),
+        # The tokens of a real text: a rate that is right on the synthetic languages is twice too high on them.
+        (ProxyKind(shape=FleetShape(vocab=512), batch=BatchShape(8, 24, 8), horizon=(64, 384), corpora=_TOKENS), 8),
+        (
+            ProxyKind(
+                shape=replace(_WIDER, vocab=512), batch=BatchShape(8, 48, 8), horizon=(128, 320), corpora=_TOKENS
+            ),
+            8,
+        ),
     ),
 }
 """Name → mixture. "plain" is what scales are learned on: the default proxy. "broad" is what multiples of a rule are

@@ -133,6 +133,8 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
     - `variety`: how much the tasks differ otherwise (`lbw_rl.envs.tasks.Variety`): `PLAIN`, `WIDE`, or your own.
     - `split`: "train", "validation" or "test": disjoint families of tasks (`lbw_rl.envs.splits`).
     - `text`: path of a UTF-8 file whose characters join the training corpora.
+    - `corpora`: names of `lbw_rl.envs.languages.CORPORA` instead of all that the split has; "python-source", the tokens of
+      a byte-pair encoding, is read by name alone, takes a vocabulary of 512 or more, and the extra `lbw-rl[hf]`.
 
     `reset(seed=s)` seeds run i with s + i; a list gives one seed per run. The same seeds and actions give the
     same bits. `reset(options={"tasks": Tasks})` starts the first episode on given tasks, and
@@ -157,6 +159,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         variety: Variety = PLAIN,
         split: str = "train",
         text: str | Path | None = None,
+        corpora: Sequence[str] | None = None,
     ) -> None:
         for name, value in (("num_envs", num_envs), ("decide_every", decide_every)):
             if value < 1:
@@ -172,6 +175,12 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         if file is not None and not file.is_file():
             raise ValueError(f"text={text} is no file; accepted: the path of a UTF-8 text file")
         family: Family = shape or FleetShape()
+        accepted = corpora_of(family.name, split, text=file is not None, tokens=True)
+        for name in corpora or ():
+            if name not in accepted:
+                raise ValueError(
+                    f"corpora: {name!r} makes no {split} tasks of {family.name}; accepted: {', '.join(accepted)}"
+                )
         self.task_distribution: dict[str, Any] = {
             "horizon": horizon,
             "multiple": decide_every,
@@ -179,7 +188,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
             "lr_error": lr_error,
             "well_tuned": well_tuned,
             "model": family.name,
-            "corpora": corpora_of(family.name, split, text=text is not None),
+            "corpora": tuple(corpora or corpora_of(family.name, split, text=file is not None)),
             "variety": variety,
         }
         self._data = ProxyData(num_envs, horizon[1] + decide_every, family, batch or BatchShape(), file)

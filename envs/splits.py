@@ -26,13 +26,14 @@ def split(tasks: Tasks) -> IntArray:
     return np.maximum(models[tasks.model], corpora[tasks.corpus])
 
 
-def corpora_of(model: str, name: str, *, text: bool = False) -> tuple[str, ...]:
+def corpora_of(model: str, name: str, *, text: bool = False, tokens: bool = False) -> tuple[str, ...]:
     """The corpora with which a model makes tasks of one split.
 
     Args:
         model: one of `lbw_rl.envs.tasks.MODELS`.
         name: one of `SPLITS`.
         text: whether there is a file for the corpus "file" to read.
+        tokens: whether the vocabulary is large enough for "python-source".
 
     Raises:
         ValueError: no such split, or none for this model.
@@ -43,4 +44,5 @@ def corpora_of(model: str, name: str, *, text: bool = False) -> tuple[str, ...]:
     accepted = SPLITS[first:] if model != "quadratic" else SPLITS[:1]
     if name not in accepted:
         raise ValueError(f"split={name!r}: there are no such tasks of {model}; accepted: {', '.join(accepted)}")
-    return tuple(c for c in CORPORA if max(first, _RESERVED.get(c, 0)) == wanted and (text or c != "file"))
+    had = {"file": text, "python-source": tokens}
+    return tuple(c for c in CORPORA if max(first, _RESERVED.get(c, 0)) == wanted and had.get(c, True))

@@ -8,25 +8,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lbw_rl.envs.languages import CORPORA, TRAINING_SHARE, draw_tokens, file_characters, python_docs
+from lbw_rl.envs.languages import (
+    CORPORA,
+    FEWEST_TOKENS,
+    TRAINING_SHARE,
+    draw_tokens,
+    file_characters,
+    python_docs,
+    python_source,
+)
 
 
 @pytest.mark.parametrize("corpus", [c for c in CORPORA if c != "file"])
 def test_languages_can_be_learned(corpus: str) -> None:
     """Their bigrams carry much less entropy than their single tokens, which carry less than uniform ones."""
-    train, held_out = draw_tokens(corpus, np.random.default_rng(0), 2000, 4, 17, 64)
+    vocab = FEWEST_TOKENS if corpus == "python-source" else 64
+    train, held_out = draw_tokens(corpus, np.random.default_rng(0), 2000, 4, 17, vocab)
     assert train.shape == (2000, 17)
     assert held_out.shape == (4, 17)
-    assert 0 <= train.min() <= train.max() < 64
-    pairs = np.zeros((64, 64))
+    assert 0 <= train.min() <= train.max() < vocab
+    pairs = np.zeros((vocab, vocab))
     np.add.at(pairs, (train[:, :-1].ravel(), train[:, 1:].ravel()), 1.0)
     joint = pairs / pairs.sum()
     first = joint.sum(1)
     entropy = -(first[first > 0] * np.log(first[first > 0])).sum()
     conditional = -(joint[joint > 0] * np.log(joint[joint > 0])).sum() - entropy
-    assert entropy < math.log(64) - 0.1
+    assert entropy < math.log(vocab) - 0.1
     assert conditional < entropy - 0.4
-    same, _ = draw_tokens(corpus, np.random.default_rng(0), 2000, 4, 17, 64)
+    same, _ = draw_tokens(corpus, np.random.default_rng(0), 2000, 4, 17, vocab)
     assert np.array_equal(train, same)
 
 
@@ -95,3 +104,10 @@ def test_the_rarest_characters_share_the_last_token() -> None:
     assert few.max() == 15
     assert np.array_equal(few, np.minimum(many, 15))
     assert int(TRAINING_SHARE * len(many)) > 100_000
+
+
+def test_python_source_is_read_in_tokens_and_refuses_a_vocabulary_of_characters() -> None:
+    """A token stands for several characters on average, so that a text of 8 million of them is much shorter."""
+    assert 1_000_000 < len(python_source(FEWEST_TOKENS)) < 6_000_000
+    with pytest.raises(ValueError, match="vocab=64: 'python-source' is read in tokens; accepted: at least 512"):
+        draw_tokens("python-source", np.random.default_rng(0), 2, 2, 17, 64)

@@ -165,6 +165,15 @@ def test_a_text_of_ones_own_joins_the_training_corpora(tmp_path: Path) -> None:
         make("llama", text="/nowhere.txt")
 
 
+def test_corpora_of_ones_own_choice_are_all_there_is() -> None:
+    env = make("llama", 20, corpora=("markov-2",))
+    env.reset(seed=0)
+    assert {CORPORA[i] for i in env._data.tasks.corpus} == {"markov-2"}
+    for name in ("brackets", "latin"):  # of the test split; of none
+        with pytest.raises(ValueError, match=f"corpora: '{name}' makes no train tasks of llama; accepted: markov-1, "):
+            make("llama", corpora=(name,))
+
+
 def test_bad_splits_and_tasks_of_another_family_are_refused() -> None:
     with pytest.raises(ValueError, match="split='train': there are no such tasks of qwen2; accepted: validation, test"):
         make("qwen2", split="train")

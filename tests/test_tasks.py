@@ -199,7 +199,7 @@ def test_splits_are_disjoint_and_every_task_is_in_one() -> None:
     for model in MODELS:
         for name in SPLITS:
             try:
-                corpora = corpora_of(model, name, text=True)
+                corpora = corpora_of(model, name, text=True, tokens=True)
             except ValueError:
                 continue
             tasks = sample_tasks(np.random.default_rng(0), 200, model=model, corpora=corpora)
