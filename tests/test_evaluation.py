@@ -62,7 +62,12 @@ def test_a_tier_is_a_grid_of_tasks_multipliers_and_seeds() -> None:
 @pytest.mark.parametrize("tier", TIERS, ids=lambda tier: tier.name)
 def test_what_a_tier_holds_out_was_never_trained_on(tier: Tier) -> None:
     found = {SPLITS[i] for i in split(tier.draw())}
-    expected = {"validation": {"validation"}, "adapters": {"test"}, "corpus": {"test"}}
+    expected = {
+        "validation": {"validation"},
+        "validation on tokens": {"validation"},
+        "adapters": {"test"},
+        "corpus": {"test"},
+    }
     assert found == expected.get(tier.name, {"train"})
 
 
@@ -230,6 +235,7 @@ def test_evaluate_judges_resumes_and_reports(
     arms = found["tiers"]["small"]
     assert {POLICY, REFERENCE, "LBW-Guard-style", "PID", "EntroPIC", session.REPLAY} <= set(arms)
     assert {f"policy blind to {group}" for group in session.SIGNAL_GROUPS} <= set(arms)
+    assert {"policy of a single frame", *(f"policy deciding every {k} steps" for k in session.OTHER_PACES)} <= set(arms)
     assert list(found["policies"]) == [str(p) for p in policies]
     assert arms[REFERENCE]["iqm"] == 0.0
     assert arms["AdamW at the task's rate"]["iqm"] > 0.0  # one of its three rates is right at best
@@ -252,6 +258,7 @@ def test_the_groups_of_signals_are_features() -> None:
     named = [name for names in session.SIGNAL_GROUPS.values() for name in names]
     assert len(named) == len(set(named))
     assert set(FEATURES) - set(named) == {"lr_scale", "momentum_scale", "nonfinite"}
+    assert set(session.REMEMBERED) < set(named)
 
 
 def test_a_shipped_policy_s_card_tells_how_it_was_judged(tmp_path: Path, policy_folder: Path) -> None:

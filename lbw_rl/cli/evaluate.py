@@ -21,7 +21,8 @@ def evaluate(
         "evaluation"
     ),
     ablate: Annotated[
-        bool, typer.Option("--ablate", help="Also run the first policy blind to each group of signals.")
+        bool,
+        typer.Option("--ablate", help="Also run the first policy blind to each group of signals, and at other paces."),
     ] = False,
     workers: Annotated[int | None, typer.Option(help="Local processes; default: one per core.", min=1)] = None,
     resume: Annotated[

@@ -47,6 +47,13 @@ SIGNAL_GROUPS = {
     "progress and schedule": ("progress", "schedule"),
 }  # fmt: skip
 """Signals that a policy may have learned to need, by what they tell of; with `ablate` it goes without each."""
+REMEMBERED = (
+    "loss_level", "loss_trend", "loss_jump", "loss_noise", "grad_norm_jump", "grad_norm_level", "grad_agreement",
+    "update_ratio_trend", "weight_growth",
+)  # fmt: skip
+"""Features that hold this decision against earlier ones; with `ablate` a policy goes without, and sees a single frame."""
+OTHER_PACES = (1, 4, 8)
+"""Steps between two decisions that a policy is also tried at with `ablate`, whatever it learned with."""
 
 
 def evaluate(
@@ -66,7 +73,7 @@ def evaluate(
         policies: folders of frozen policies, taken as repetitions of one training; an `untrained` folder in one is a control.
         tiers: what to judge on.
         out: output folder; every arm and tier leaves a file in `ends/`.
-        ablate: let the first policy also run blind to each of `SIGNAL_GROUPS`.
+        ablate: let the first policy also run blind to each of `SIGNAL_GROUPS`, of a single frame, and at `OTHER_PACES`.
         resume: keep what an earlier attempt finished.
         workers: processes, one torch thread each.
         meter: shows progress.
@@ -90,6 +97,8 @@ def evaluate(
     arms |= {f"untrained {path}": str(path) for path in untrained[:1]}
     if ablate:
         arms |= {f"policy blind to {group}": (str(policies[0]), names) for group, names in SIGNAL_GROUPS.items()}
+        arms["policy of a single frame"] = (str(policies[0]), REMEMBERED)
+        arms |= {f"policy deciding every {k} steps": (str(policies[0]), k) for k in OTHER_PACES}
     jobs = [(tier, arm, what) for tier in tiers for arm, what in arms.items()]
     ends = _run(jobs, folder, workers, meter, 0, len(jobs) + len(tiers))
     # The replay needs what the first policy did.
@@ -161,11 +170,20 @@ def _job(tier: Tier, arm: str, what: Any) -> dict[str, Any]:
         if arm == REPLAY:
             controller: Controller = open_loop(np.array(what), tasks)
         elif isinstance(what, tuple):
-            controller = FrozenPolicy(what[0], what[1])
+            controller = _ablated(*what)
         else:
             controller = load_controller(what)
         ends = governed(tier.kind, tasks, controller)
     return {"arm": arm, "tier": tier.name, **_json(ends), "settings": settings}
+
+
+def _ablated(folder: str, change: Sequence[str] | int) -> FrozenPolicy:
+    """A policy blind to some features, or at another pace."""
+    if not isinstance(change, int):
+        return FrozenPolicy(folder, change)
+    policy = FrozenPolicy(folder)
+    policy.decide_every = change
+    return policy
 
 
 def _json(ends: Ends) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from lbw_rl.envs.families.lora import LoRAShape
 from lbw_rl.envs.families.transformer import FleetShape
 from lbw_rl.envs.mixture import ProxyKind
+from lbw_rl.envs.proxy_data import BatchShape
 from lbw_rl.envs.splits import corpora_of
 from lbw_rl.envs.tasks import TRAINING_CORPORA, WIDE, Tasks, sample_tasks
 
@@ -29,14 +30,12 @@ class Tier:
         held_out: in what respect, in words.
         kind: of its proxies; its learning-rate errors are replaced by `MULTIPLIERS`.
         tasks: how many.
-        corpora: names, or None for those of the kind's split.
     """
 
     name: str
     held_out: str
     kind: ProxyKind
     tasks: int
-    corpora: tuple[str, ...] | None = None
 
     def draw(self) -> Tasks:
         """Its tasks at `MULTIPLIERS` and `SEEDS`; the run of task t, multiplier m and seed s is at (t · M + m) · S + s.
@@ -53,7 +52,7 @@ class Tier:
             tuned_lr=kind.shape.tuned_lr,
             well_tuned=1.0,
             model=kind.shape.name,
-            corpora=self.corpora or corpora_of(kind.shape.name, kind.split),
+            corpora=kind.corpora or corpora_of(kind.shape.name, kind.split),
             variety=kind.variety,
         )
         seeds = rng.integers(0, 2**62, (self.tasks, SEEDS))
@@ -77,6 +76,18 @@ TIERS: tuple[Tier, ...] = (
         16,
     ),
     Tier(
+        "validation on tokens",
+        "a Qwen2-style model, and a vocabulary of 1024 on the tokens of a text; what a policy is chosen on as well",
+        ProxyKind(
+            shape=FleetShape(vocab=1024, qkv_bias=True),
+            batch=BatchShape(8, 48, 8),
+            horizon=(96, 192),
+            split="validation",
+            corpora=("python-source",),
+        ),
+        4,
+    ),
+    Tier(
         "hyperparameters",
         "initial weights two to three times as large, the smallest batches, more label noise than was trained on",
         replace(_DEFAULT, variety=_ODD),
@@ -93,9 +104,8 @@ TIERS: tuple[Tier, ...] = (
     Tier(
         "larger",
         "the size: 20 times the weights of the default proxy, three layers",
-        ProxyKind(shape=FleetShape(width=96, layers=3, heads=4, ffn=176), horizon=(128, 192)),
+        ProxyKind(shape=FleetShape(width=96, layers=3, heads=4, ffn=176), horizon=(128, 192), corpora=TRAINING_CORPORA),
         4,
-        TRAINING_CORPORA,
     ),
 )
 
