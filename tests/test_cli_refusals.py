@@ -157,6 +157,14 @@ BAD = {
     "compare: workers": ([*COMPARE, "--workers", "0"], ["--workers", "greater than or equal to 1"]),
     "compare: backend": ([*COMPARE, "--backend", "cloud"], ["backend: 'cloud'", "accepted: local, ray"]),
     "compare: arm": (["compare", "mini-qwen2", "--controllers", "pid@train.stepz=1"], ["train.stepz: unknown key"]),
+    "compare: what the grid decides": (
+        [*COMPARE, "--set", "train.threads=2"],
+        ["set: train.threads=2 has no effect in a comparison", "--workers"],
+    ),
+    "compare: an arm of what the grid decides": (
+        ["compare", "mini-qwen2", "--controllers", "pid@train.lr_multiplier=3", "--out", "{}/out"],
+        ["set: train.lr_multiplier=3 has no effect", "--lr-multipliers sets it"],
+    ),
     "compare: folder in use": (
         ["compare", "mini-qwen2", "--controllers", "pid", "--out", "{}/used"],
         ["out: ", "is not empty"],

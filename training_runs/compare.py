@@ -33,6 +33,29 @@ from lbw_rl.training_runs.workers import Backend
 __all__ = ["Arm", "Backend", "Cell", "Progress", "compare", "parse_arms", "parse_multiplier", "provenance"]
 
 
+_DECIDED = {
+    "train.lr_multiplier": (None, "--lr-multipliers sets it"),
+    "train.checkpoint_every": ("0", "a run of a grid keeps no checkpoints"),
+    "train.threads": ("1", "a run has one thread, and --workers says how many runs go side by side"),
+}
+"""Setting → the value that every run of a grid has, and why."""
+
+
+def refuse_what_grids_decide(settings: Sequence[str]) -> None:
+    """Refuses `key=value` settings that the grid would write over.
+
+    Raises:
+        ValueError: there is one; says what decides it.
+    """
+    for setting in settings:
+        key, _, value = (part.strip() for part in setting.partition("="))
+        fixed, why = _DECIDED.get(key, (value, ""))
+        if value != fixed:
+            raise ValueError(
+                f"set: {setting.strip()} has no effect in a comparison: {why}; accepted: any other setting"
+            )
+
+
 class Progress(Protocol):
     """Told after every finished run."""
 
@@ -71,8 +94,8 @@ def compare(
         command: the command line, for the record.
 
     Raises:
-        ValueError: arms or multipliers that are missing or not unique, seeds below 1, an output folder in use,
-            or a run whose settings cannot be used.
+        ValueError: arms or multipliers that are missing or not unique, an arm's setting that the grid decides, seeds below 1,
+            an output folder in use, or a run whose settings cannot be used.
     """
     if not arms or len({arm.label for arm in arms}) < len(arms):
         raise ValueError(
@@ -80,6 +103,7 @@ def compare(
         )
     if seeds < 1:
         raise ValueError(f"seeds: {seeds} must be at least 1")
+    refuse_what_grids_decide([setting for arm in arms for setting in arm.overrides])
     cells = list(_grid(recipe, arms, multipliers, seeds))
     if not cells or len({cell.folder for cell in cells}) < len(cells):
         shown = ", ".join(f"{m:g}" for m in multipliers) or "none given"
