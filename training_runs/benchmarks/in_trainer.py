@@ -131,7 +131,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "final_loss": initial if diverged else final,
         "diverged": diverged,
-        "scales": None if governance is None else passages(read_jsonl(ledger)),
+        "scales": None if governance is None else passages(list(read_jsonl(ledger))),
     }
 
 
