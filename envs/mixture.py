@@ -68,23 +68,32 @@ _WIDER = FleetShape(vocab=256, width=64, heads=4, ffn=128)
 _DEEPER = replace(_WIDER, vocab=512, layers=3, ffn=176)
 _STEEP = replace(WIDE, init_scale=(0.5, 4.0))
 """Initial weights up to four times as large: as steep as models of real width, at the price of the default proxy."""
+_FRESH = replace(WIDE, init_scale=(1.0, 1.0))
 _TOKENS = ("python-source",)
 
 MIXTURES: dict[str, Mixture] = {
     "plain": ((ProxyKind(), 32), (ProxyKind(), 32)),
     "broad": (
+        (ProxyKind(horizon=(48, 256), lr_error=WIDE_LR_ERROR, variety=_STEEP), 16),
+        (ProxyKind(horizon=(128, 384), variety=replace(_STEEP, faulty=0.0, noisy=0.0)), 12),
+        (ProxyKind(shape=FineTunedShape(), horizon=(48, 256), variety=_FRESH), 12),
+        (ProxyKind(shape=NGramShape(), horizon=(64, 384), variety=_FRESH), 8),
+        (ProxyKind(shape=_WIDER, batch=BatchShape(6, 24, 8), horizon=(128, 384)), 16),
+    ),
+    "tokens": (
         (ProxyKind(horizon=(48, 256), lr_error=WIDE_LR_ERROR, variety=_STEEP), 12),
         (ProxyKind(horizon=(128, 384), variety=replace(_STEEP, faulty=0.0, noisy=0.0)), 8),
-        (ProxyKind(shape=FineTunedShape(), horizon=(48, 256), variety=replace(WIDE, init_scale=(1.0, 1.0))), 10),
-        (ProxyKind(shape=NGramShape(), horizon=(64, 384), variety=replace(WIDE, init_scale=(1.0, 1.0))), 6),
+        (ProxyKind(shape=FineTunedShape(), horizon=(48, 256), variety=_FRESH), 10),
+        (ProxyKind(shape=NGramShape(), horizon=(64, 384), variety=_FRESH), 6),
         (ProxyKind(shape=_WIDER, batch=BatchShape(6, 24, 8), horizon=(128, 384)), 8),
-        # The tokens of a real text, where more than the rule's level costs the most: 0.2 nats at 1.4 times it in the deeper kind.
+        # A real text, where more than the rule's level costs the most: 0.2 nats at 1.4 times it in the deeper kind.
         (ProxyKind(shape=FleetShape(vocab=512), batch=BatchShape(8, 24, 8), horizon=(64, 384), corpora=_TOKENS), 8),
         (ProxyKind(shape=_DEEPER, batch=BatchShape(8, 48, 8), horizon=(128, 320), corpora=_TOKENS), 6),
     ),
 }
 """Name → mixture. "plain" is what scales are learned on: the default proxy. "broad" is what multiples of a rule are
-learned on: the rule's best level differs among its kinds with how steep a model is, how noisy, and how long it runs."""
+learned on: the rule's best level differs among its kinds with how steep a model is, how noisy, and how long it runs. "tokens"
+adds models that read the tokens of a real text (needs the extra `lbw-rl[hf]`)."""
 
 
 def mixture_named(name: str) -> Mixture:

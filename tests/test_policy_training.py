@@ -227,7 +227,7 @@ def test_training_keeps_the_number_of_threads(tmp_path: Path) -> None:
 def test_refuses_bad_budgets(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="decisions=0"):
         train(0, 0, tmp_path)
-    with pytest.raises(ValueError, match="mixture: 'narrow' is unknown; accepted: plain, broad"):
+    with pytest.raises(ValueError, match="mixture: 'narrow' is unknown; accepted: plain, broad, tokens"):
         train(1, 0, tmp_path, mixture="narrow")
 
 

@@ -75,7 +75,8 @@ def train_policy(
     mixture: Annotated[
         str,
         typer.Option(
-            help="What to learn on: plain, the default proxy; or broad, several kinds, for multiples of a rule."
+            help="What to learn on: plain, the default proxy; broad, several kinds, for multiples of a rule; or tokens, "
+            "those and models that read a real text."
         ),
     ] = "plain",
     backend: Annotated[
