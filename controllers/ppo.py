@@ -40,8 +40,7 @@ class FrozenPolicy(Controller):
     Its two outputs in [-1, 1] map log-linearly onto the authority that it was trained under, or onto multiples of what
     a rule proposes (`lbw_rl.steering`); the governor's own authority then clips them like any other controller's. Features far outside the training distribution are
     counted, and past a stated rate the header's rule-based fallback takes over for good. It governs from the start where the
-    run is of a kind that can be told at once and that training had none of: low-rank adapters, or a first loss above all of
-    training's, which means a larger vocabulary.
+    run is of a kind that can be told beforehand and that training had none of: low-rank adapters.
 
     Args:
         folder: a frozen policy; None takes the newest shipped one.
@@ -71,7 +70,6 @@ class FrozenPolicy(Controller):
         self._recent: deque[bool] = deque(maxlen=self.policy.header.fallback.window)
         self._unfamiliar = 0
         self._fallen_back = context.low_rank and self.policy.header.fallback.adapters
-        self._begun = False  # whether a loss was seen
         self._proposed = math.nan  # by the rule, at the decision before
         self._fallback.reset(context)
 
@@ -88,9 +86,6 @@ class FrozenPolicy(Controller):
         self._recent.append(unfamiliar)
         rule = self._fallback.act(telemetry)  # kept warm, so that a hand-over has its baselines
         self._proposed = rule.lr_scale
-        if not self._begun and math.isfinite(telemetry.loss):
-            self._begun = True
-            self._fallen_back |= header.fallback.first_loss is not None and telemetry.loss > header.fallback.first_loss
         window = header.fallback.window
         if len(self._recent) == window and sum(self._recent) / window > header.fallback.rate:
             self._fallen_back = True
@@ -118,7 +113,6 @@ class FrozenPolicy(Controller):
             "recent": list(self._recent),
             "unfamiliar": self._unfamiliar,
             "fallen_back": self._fallen_back,
-            "begun": self._begun,
             "proposed": self._proposed if math.isfinite(self._proposed) else None,
             "fallback": self._fallback.state_dict(),
         }
@@ -127,7 +121,7 @@ class FrozenPolicy(Controller):
         """Restores `state_dict`."""
         self._tracker.load_state_dict(state["tracker"])
         self._recent = deque(state["recent"], maxlen=self.policy.header.fallback.window)
-        self._unfamiliar, self._fallen_back, self._begun = state["unfamiliar"], state["fallen_back"], state["begun"]
+        self._unfamiliar, self._fallen_back = state["unfamiliar"], state["fallen_back"]
         self._proposed = math.nan if state["proposed"] is None else state["proposed"]
         self._fallback.load_state_dict(state["fallback"])
 

@@ -49,12 +49,6 @@ class Fallback(BaseModel):
         True,
         description="whether the rule governs runs that train low-rank adapters from the first step on: no proxies in training do",
     )
-    first_loss: float | None = Field(
-        None,
-        gt=0,
-        description="first loss in nats per token above which the rule governs from the start, since no proxy in training "
-        "begins there: a larger vocabulary; null: whatever it is",
-    )
 
     @field_validator("controller")
     @classmethod
@@ -152,7 +146,6 @@ def save_policy(
     provenance: dict[str, Any],
     card: str,
     rule: str | None = None,
-    first_loss: float | None = None,
 ) -> Path:
     """Freezes an actor into `folder`: weights, header and model card.
 
@@ -164,7 +157,6 @@ def save_policy(
         provenance: JSON data on seeds, tasks and versions.
         card: text of CARD.md.
         rule: name of the controller that its actions are relative to; it is then the fallback as well.
-        first_loss: see `Fallback`.
 
     Raises:
         PolicyError: the layers do not fit the features or hold a non-finite value.
@@ -187,7 +179,7 @@ def save_policy(
         authority=authority,
         decide_every=decide_every,
         relative_to=rule or "schedule",
-        fallback=Fallback(controller=rule or "lbw-guard", first_loss=first_loss),
+        fallback=Fallback() if rule is None else Fallback(controller=rule),
         provenance=provenance,
         weights_sha256=hashlib.sha256(weights).hexdigest(),
     )
