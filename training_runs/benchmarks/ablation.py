@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.table import Table
 
+from lbw_rl.action import Action
 from lbw_rl.cli.console import meter, out
 from lbw_rl.controller import Context
 from lbw_rl.controllers.lbw_guard import LBWGuard
@@ -97,6 +98,16 @@ class _OrdinaryAdapters(UpdateTarget):
         self._low_rank = False
 
 
+class _UnknownHorizon(LBWGuard):
+    """As in a run without a planned end."""
+
+    def reset(self, context: Context) -> None:
+        super().reset(replace(context, total_steps=None))
+
+    def act(self, telemetry: Telemetry) -> Action:
+        return super().act(replace(telemetry, progress=math.nan))
+
+
 class _NoAlarms(LBWGuard):
     """Nothing is an alarm, so the caution stays 1."""
 
@@ -120,6 +131,7 @@ def _with_target(kind: type[UpdateTarget]) -> Callable[[], LBWGuard]:
 VARIANTS: dict[str, tuple[str, Callable[[], LBWGuard]]] = {
     "whole": ("the law as it is", LBWGuard),
     "any-horizon": ("the level does not fall with the number of steps: 300 stand for all", _with_target(_AnyHorizon)),
+    "unknown-horizon": ("nobody says when the run ends: T = 1000, and the user's schedule alone", _UnknownHorizon),
     "any-steepness": ("every model takes the whole displacement", _with_target(_AnySteepness)),
     "adapters-as-others": ("low-rank factors are held as other matrices are", _with_target(_OrdinaryAdapters)),
     "no-fall": ("the target follows the user's schedule alone", _with_target(_NoFall)),
