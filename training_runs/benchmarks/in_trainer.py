@@ -5,7 +5,7 @@ python -m lbw_rl.training_runs.benchmarks.in_trainer --out in-trainer
 python -m lbw_rl.training_runs.benchmarks.in_trainer --arms ungoverned,lbw-guard --seeds 1 --multipliers 1
 ```
 
-`mini-qwen2-1m` (20 times the weights of the middle-sized proxies) is trained by Trainer and its own AdamW at a constant rate, without
+`mini-qwen2-1m` (82 times the weights of the default proxy, 17 times those of the largest kind in `broad`) is trained by Trainer and its own AdamW at a constant rate, without
 anybody and under each controller, at multiples of AdamW's tuned rate (1e-3, docs/benchmarks.md), with shared weights and
 batches. `results.json` holds final held-out losses in nats per token, and what the governor executed over the run, read from
 its ledger, which stays in `ledgers/`. A run that ends no better than it began counts with its initial loss.
