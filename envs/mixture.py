@@ -71,21 +71,19 @@ _STEEP = replace(WIDE, init_scale=(0.5, 4.0))
 _FRESH = replace(WIDE, init_scale=(1.0, 1.0))
 _TOKENS = ("python-source",)
 
+_SYNTHETIC = (
+    ProxyKind(horizon=(48, 256), lr_error=WIDE_LR_ERROR, variety=_STEEP),
+    ProxyKind(horizon=(128, 384), variety=replace(_STEEP, faulty=0.0, noisy=0.0)),
+    ProxyKind(shape=FineTunedShape(), horizon=(48, 256), variety=_FRESH),
+    ProxyKind(shape=NGramShape(), horizon=(64, 384), variety=_FRESH),
+    ProxyKind(shape=_WIDER, batch=BatchShape(6, 24, 8), horizon=(128, 384)),
+)
+
 MIXTURES: dict[str, Mixture] = {
     "plain": ((ProxyKind(), 32), (ProxyKind(), 32)),
-    "broad": (
-        (ProxyKind(horizon=(48, 256), lr_error=WIDE_LR_ERROR, variety=_STEEP), 16),
-        (ProxyKind(horizon=(128, 384), variety=replace(_STEEP, faulty=0.0, noisy=0.0)), 12),
-        (ProxyKind(shape=FineTunedShape(), horizon=(48, 256), variety=_FRESH), 12),
-        (ProxyKind(shape=NGramShape(), horizon=(64, 384), variety=_FRESH), 8),
-        (ProxyKind(shape=_WIDER, batch=BatchShape(6, 24, 8), horizon=(128, 384)), 16),
-    ),
+    "broad": tuple(zip(_SYNTHETIC, (16, 12, 12, 8, 16), strict=True)),
     "tokens": (
-        (ProxyKind(horizon=(48, 256), lr_error=WIDE_LR_ERROR, variety=_STEEP), 12),
-        (ProxyKind(horizon=(128, 384), variety=replace(_STEEP, faulty=0.0, noisy=0.0)), 8),
-        (ProxyKind(shape=FineTunedShape(), horizon=(48, 256), variety=_FRESH), 10),
-        (ProxyKind(shape=NGramShape(), horizon=(64, 384), variety=_FRESH), 6),
-        (ProxyKind(shape=_WIDER, batch=BatchShape(6, 24, 8), horizon=(128, 384)), 8),
+        *zip(_SYNTHETIC, (12, 8, 10, 6, 8), strict=True),
         # A real text, where more than the rule's level costs the most: 0.2 nats at 1.4 times it in the deeper kind.
         (ProxyKind(shape=FleetShape(vocab=512), batch=BatchShape(8, 24, 8), horizon=(64, 384), corpora=_TOKENS), 8),
         (ProxyKind(shape=_DEEPER, batch=BatchShape(8, 48, 8), horizon=(128, 320), corpora=_TOKENS), 6),

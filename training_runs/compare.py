@@ -130,8 +130,7 @@ def _grid(recipe: Recipe, arms: Sequence[Arm], multipliers: Sequence[float], see
                 settings = [
                     f"train.lr_multiplier={float(multiplier)!r}",
                     f"train.seed={seed}",
-                    "train.checkpoint_every=0",
-                    "train.threads=1",
+                    *(f"{key}={value}" for key, (value, _) in _DECIDED.items() if value is not None),
                 ]
                 unique = hashlib.sha256(arm.label.encode()).hexdigest()[:4]
                 folder = f"runs/{slug(arm.label)}-{unique}/x{multiplier:.6g}/seed{seed}"

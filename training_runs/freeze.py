@@ -38,7 +38,7 @@ def train_and_freeze(
     settings: PPOSettings | None = None,
     mixture: str = "plain",
     backend: Backend = "local",
-    proxies: int = 28,
+    proxies: int = 48,
 ) -> dict[str, Any]:
     """Learns a policy on proxies and freezes it, and its untrained self, into folders that `load_controller` reads.
 

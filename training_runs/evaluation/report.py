@@ -188,6 +188,6 @@ _MEASURES = (
     '<p class="note">Interquartile mean over tasks, learning-rate multiples (1/30, 1, 30) and seeds of the ratio to AdamW at the '
     "schedule and rate that are best for the task, which has no error of its rate to bear. Brackets: 95 % bootstrap intervals over "
     "policies, tasks and seeds (Agarwal et al., arXiv 2108.13264). A diverged run counts with the untrained model's loss. All arms "
-    "decide every two steps.</p>"
+    "decide every two steps, but those that say otherwise.</p>"
 )
 _PROFILE_CAPTION = "Higher and further left is better. At 1 the curve tells which share of an arm's runs, however wrong their rate, end at least as well as tuned AdamW."
