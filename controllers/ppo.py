@@ -38,29 +38,37 @@ class FrozenPolicy(Controller):
     """A policy learned with PPO on proxies, run deterministically at its mean action.
 
     Its two outputs in [-1, 1] map log-linearly onto the authority that it was trained under, or onto multiples of what
-    a rule proposes (`lbw_rl.steering`); the governor's own authority then clips them like any other controller's. Features far outside the training distribution are
+    a rule proposes (`lbw_rl.steering`); the governor's own authority then clips them like any other controller's. A rule acts at
+    every step, and the multiples hold for as many as the policy was trained to decide for. Features far outside the training distribution are
     counted, and past a stated rate the header's rule-based fallback takes over for good. It governs from the start where the
     run is of a kind that can be told beforehand and that training had none of: low-rank adapters.
 
     Args:
         folder: a frozen policy; None takes the newest shipped one.
         blind_to: features that it is to see as if they had not been measured: an ablation of its inputs.
+        every: optimizer steps between two of its decisions; None takes what it was trained with.
 
     Raises:
         PolicyError (a `ValueError`): the folder is missing, damaged, or of another schema version.
-        ValueError: `blind_to` names no feature.
+        ValueError: `blind_to` names no feature, or `every` below 1.
     """
 
     name = "ppo"
     time_limit = None
 
-    def __init__(self, folder: str | Path | None = None, blind_to: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: str | Path | None = None, blind_to: Sequence[str] = (), every: int | None = None
+    ) -> None:
         if unknown := [name for name in blind_to if name not in FEATURES]:
             raise ValueError(f"ppo.blind_to: {unknown[0]!r} is no feature; accepted: {', '.join(FEATURES)}")
         self._blind = [list(FEATURES).index(name) for name in blind_to]
         self.folder = Path(folder) if folder is not None else newest_pretrained()
         self.policy = load_policy(self.folder)
-        self.decide_every = self.policy.header.decide_every
+        self._every = self.policy.header.decide_every if every is None else every
+        if self._every < 1:
+            raise ValueError(f"ppo.every: {every} must be at least 1")
+        self._steers = self.policy.header.relative_to != "schedule"
+        self.decide_every = 1 if self._steers else self._every
         self._fallback = load_controller(self.policy.header.fallback.controller)
         self.reset(Context(decide_every=self.decide_every))
 
@@ -71,40 +79,54 @@ class FrozenPolicy(Controller):
         self._unfamiliar = 0
         self._fallen_back = context.low_rank and self.policy.header.fallback.adapters
         self._proposed = math.nan  # by the rule, at the decision before
+        self._unit, self._unfamiliarity = (0.0, 0.0), 0.0
+        self._held = 0  # decisions of the rule since the policy's own last one
         self._fallback.reset(context)
 
     def act(self, telemetry: Telemetry) -> Action:
         """The policy's mean action, or the fallback's once that has taken over."""
         header = self.policy.header
-        steers = header.relative_to != "schedule"
         signals = telemetry.as_dict()
-        features = self._tracker(relative(signals, self._proposed) if steers else signals)[0]
-        features[self._blind] = 0.0
-        unfamiliarity = float((np.abs(features - self.policy.mean) / self.policy.std).max())
-        unfamiliar = unfamiliarity > header.fallback.feature_z
-        self._unfamiliar += unfamiliar
-        self._recent.append(unfamiliar)
+        seen = relative(signals, self._proposed) if self._steers else signals
         rule = self._fallback.act(telemetry)  # kept warm, so that a hand-over has its baselines
         self._proposed = rule.lr_scale
-        window = header.fallback.window
-        if len(self._recent) == window and sum(self._recent) / window > header.fallback.rate:
-            self._fallen_back = True
+        if self._held == 0:
+            self._look(seen)
+        if self._steers:
+            self._held = (self._held + 1) % self._every
         if self._fallen_back:
             return rule
-        lr, momentum = (float(a) for a in self.policy.action(features))
-        evidence = {"action_lr": lr, "action_momentum": momentum, "unfamiliarity": unfamiliarity}
-        regime = "learned-unfamiliar" if unfamiliar else "learned"
-        if steers:
-            action = steered(rule, (lr, momentum), header.reach)
+        evidence = {
+            "action_lr": self._unit[0],
+            "action_momentum": self._unit[1],
+            "unfamiliarity": self._unfamiliarity,
+        }
+        regime = "learned-unfamiliar" if self._unfamiliarity > header.fallback.feature_z else "learned"
+        if self._steers:
+            action = steered(rule, self._unit, header.reach)
             if action.directive is Directive.PROCEED:
                 return replace(action, regime=regime, evidence={**rule.evidence, **evidence})
             return action
         return Action(
-            lr_scale=log_interpolate(lr, header.authority.lr_scale),
-            momentum_scale=log_interpolate(momentum, header.authority.momentum_scale),
+            lr_scale=log_interpolate(self._unit[0], header.authority.lr_scale),
+            momentum_scale=log_interpolate(self._unit[1], header.authority.momentum_scale),
             regime=regime,
             evidence=evidence,
         )
+
+    def _look(self, signals: Mapping[str, Any]) -> None:
+        """The policy's own decision, and whether it was asked about something that it knows."""
+        fallback = self.policy.header.fallback
+        features = self._tracker(signals)[0]
+        features[self._blind] = 0.0
+        self._unfamiliarity = float((np.abs(features - self.policy.mean) / self.policy.std).max())
+        unfamiliar = self._unfamiliarity > fallback.feature_z
+        self._unfamiliar += unfamiliar
+        self._recent.append(unfamiliar)
+        if len(self._recent) == fallback.window and sum(self._recent) / fallback.window > fallback.rate:
+            self._fallen_back = True
+        lr, momentum = (float(a) for a in self.policy.action(features))
+        self._unit = (lr, momentum)
 
     def state_dict(self) -> dict[str, Any]:
         """Feature means, out-of-distribution record and the fallback's own state."""
@@ -114,6 +136,9 @@ class FrozenPolicy(Controller):
             "unfamiliar": self._unfamiliar,
             "fallen_back": self._fallen_back,
             "proposed": self._proposed if math.isfinite(self._proposed) else None,
+            "unit": list(self._unit),
+            "unfamiliarity": self._unfamiliarity,
+            "held": self._held,
             "fallback": self._fallback.state_dict(),
         }
 
@@ -123,6 +148,8 @@ class FrozenPolicy(Controller):
         self._recent = deque(state["recent"], maxlen=self.policy.header.fallback.window)
         self._unfamiliar, self._fallen_back = state["unfamiliar"], state["fallen_back"]
         self._proposed = math.nan if state["proposed"] is None else state["proposed"]
+        self._unit = (float(state["unit"][0]), float(state["unit"][1]))
+        self._unfamiliarity, self._held = state["unfamiliarity"], state["held"]
         self._fallback.load_state_dict(state["fallback"])
 
     def summary(self) -> dict[str, Any]:

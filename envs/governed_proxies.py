@@ -27,13 +27,17 @@ class GovernedProxies:
     """The governed side of a proxy fleet.
 
     Without a rule an action is a pair of positions within the authority. With one, each run has a controller of that name
-    that sees the run's telemetry, and an action is a pair of multiples of what it proposes (`lbw_rl.steering`).
+    that sees the run's telemetry and decides at its own pace, by default at every step, and an action is a pair of multiples of
+    all that it proposes until the next action (`lbw_rl.steering`).
 
     Args:
         data: tasks and data of the runs.
         authority: what every executed action is held to.
-        decide_every: optimizer steps per decision.
+        decide_every: optimizer steps per action.
         rule: a controller, of which every run gets a copy, its name, or the folder of a frozen policy; or None.
+
+    Raises:
+        ValueError: a rule whose own pace does not divide `decide_every`.
     """
 
     def __init__(
@@ -45,6 +49,12 @@ class GovernedProxies:
         n = self.runs.fleet.n
         one = None if rule is None else load_controller(rule)
         self._rules: list[Controller] | None = None if one is None else [copy.deepcopy(one) for _ in range(n)]
+        self._pace = decide_every if one is None else one.decide_every or 1  # steps between two looks at the runs
+        if decide_every % self._pace:
+            raise ValueError(
+                f"decide_every: {decide_every} is no multiple of the {self._pace} steps that {one} decides at"
+            )
+        self._units: NDArray[np.floating] | None = None
         self._proposals = [Action() for _ in range(n)]
         self._proposed = np.full(n, np.nan)  # learning-rate scales at the decision before
         self.executed = [Action() for _ in range(n)]
@@ -61,7 +71,7 @@ class GovernedProxies:
                 self._rules[row].reset(
                     Context(
                         total_steps=int(tasks.horizon[row]),
-                        decide_every=self.decide_every,
+                        decide_every=self._pace,
                         authority=self.authority,
                         seed=int(tasks.seed[row] % 2**31),
                         weights=self.runs.fleet.matrices,
@@ -101,7 +111,7 @@ class GovernedProxies:
         return telemetry if self._rules is None else relative(telemetry, self._proposed)
 
     def command(self, units: NDArray[np.floating] | None) -> None:
-        """Decides what is executed until the next decision.
+        """Takes the actions that hold until the next ones.
 
         Args:
             units: actions, shape (n, 2); None leaves the runs alone, or to their rules.
@@ -109,12 +119,18 @@ class GovernedProxies:
         Raises:
             ValueError: an action that is NaN.
         """
+        if units is not None and np.isnan(units).any():
+            raise ValueError(f"action {units} holds NaN; accepted: finite numbers, clipped to [-1, 1]")
+        self._units = units
+        self._execute()
+
+    def _execute(self) -> None:
+        """What is executed at the step at hand, and until the rules decide again."""
+        units = self._units
         if units is None:
             wanted = self._proposals
         elif self._rules is None:
             wanted = [command(unit, self.authority) for unit in units]
-        elif np.isnan(units).any():
-            raise ValueError(f"action {units} holds NaN; accepted: finite numbers, clipped to [-1, 1]")
         else:
             wanted = [steered(p, unit) for p, unit in zip(self._proposals, units, strict=True)]
         self.executed = [
@@ -122,21 +138,25 @@ class GovernedProxies:
         ]
 
     def advance(self) -> None:
-        """The optimizer steps of one decision, all runs at once, and the gradient of the step after them.
+        """The optimizer steps of one action, all runs at once, and the gradient of the step after them.
 
         A skip concerns the step that was decided on, and the update of the last step is what the next telemetry tells of.
         """
-        lr_scale = np.array([a.lr_scale for a in self.executed])
-        momentum_scale = np.array([a.momentum_scale for a in self.executed])
-        skipped = [row for row, a in enumerate(self.executed) if a.directive is Directive.SKIP]
-        for step in range(self.decide_every):
-            measured = step + 1 == self.decide_every
-            if measured:
-                self._probe.before_step()
-            self.runs.update(lr_scale, momentum_scale, skipped if step == 0 else ())
-            if measured:
-                self._probe.after_step()
-            self.runs.backward()
+        for first in range(0, self.decide_every, self._pace):
+            if first:
+                self.telemetry(range(self.runs.fleet.n))
+                self._execute()
+            lr_scale = np.array([a.lr_scale for a in self.executed])
+            momentum_scale = np.array([a.momentum_scale for a in self.executed])
+            skipped = [row for row, a in enumerate(self.executed) if a.directive is Directive.SKIP]
+            for step in range(self._pace):
+                measured = step + 1 == self._pace
+                if measured:
+                    self._probe.before_step()
+                self.runs.update(lr_scale, momentum_scale, skipped if step == 0 else ())
+                if measured:
+                    self._probe.after_step()
+                self.runs.backward()
 
     def left_alone(self, rows: Sequence[int]) -> FloatArray:
         """Held-out losses at which the runs in `rows` end if left alone, or to their rules; nothing here moves.

@@ -50,8 +50,8 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
     | 0   | multiple of the scheduled learning rate            | 0.01     | 1           | 100     |
     | 1   | multiple of the averaging horizon 1/(1−β1)         | 0.5      | 1           | 2       |
 
-    With `rule`, an action is a pair of multiples of what that controller proposes for the run, from 1/2 to 2 for the
-    learning-rate scale and from 0.8 to 1.25 for the momentum scale (`lbw_rl.steering`); 0 leaves the run to the rule.
+    With `rule`, an action is a pair of multiples of what that controller proposes for the run at every step, from 1/√2 to √2 for
+    the learning-rate scale and from 0.8 to 1.25 for the momentum scale (`lbw_rl.steering`); 0 leaves the run to the rule.
 
     ## Observation Space
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import lbw_rl.envs  # noqa: F401 (registers the ids)
 from lbw_rl.action import Action, Directive, log_interpolate
 from lbw_rl.authority import Authority
+from lbw_rl.controllers.constant import Constant
 from lbw_rl.envs.fleet import FleetShape
 from lbw_rl.envs.held_out_gain import DIVERGED_DECISIONS, DivergenceWatch, HeldOutGain
 from lbw_rl.envs.interface import DEFAULT_AUTHORITY, command
@@ -25,6 +26,7 @@ from lbw_rl.envs.synthetic_device import SyntheticDevice
 from lbw_rl.envs.tasks import sample_tasks
 from lbw_rl.features import FEATURES
 from lbw_rl.signals import SIGNALS
+from lbw_rl.steering import REACH
 
 TINY: dict[str, Any] = {
     "shape": FleetShape(vocab=16, width=8, heads=1, ffn=8),
@@ -177,7 +179,7 @@ def test_zero_leaves_a_run_to_the_rule(rule: str) -> None:
 
 
 def test_an_action_multiplies_what_the_rule_proposes_and_its_loop_takes_the_multiple_for_its_own() -> None:
-    """Twice the scale gives twice the update at once, and the rule goes on proposing what it would have."""
+    """√2 times the scale gives √2 times the update at once, and the rule goes on proposing what it would have."""
     tasks = sample_tasks(np.random.default_rng(1), 2, horizon=(14, 14), lr_error=(1.0, 1.0))
     for field in ("seed", "lr", "schedule", "warmup", "beta1", "beta2", "weight_decay", "clip", "corpus"):
         getattr(tasks, field)[1] = getattr(tasks, field)[0]
@@ -186,12 +188,36 @@ def test_an_action_multiplies_what_the_rule_proposes_and_its_loop_takes_the_mult
     for _ in range(3):
         env.step(np.zeros((2, 2), dtype=np.float32))
     observed, _, _, _, info = env.step(np.array([[0, 0], [1, 0]], dtype=np.float32))
-    assert info["lr_scale"][1] == pytest.approx(2 * info["lr_scale"][0])
+    assert info["lr_scale"][1] == pytest.approx(REACH[0] * info["lr_scale"][0])
     ratio = info["telemetry"]["update_ratio"]
-    assert ratio[1] == pytest.approx(2 * ratio[0], rel=1e-3)
-    assert observed[:, FEATURE_NAMES.index("lr_scale")] == pytest.approx([0.0, math.log10(2)])
+    assert ratio[1] == pytest.approx(REACH[0] * ratio[0], rel=1e-3)
+    assert observed[:, FEATURE_NAMES.index("lr_scale")] == pytest.approx([0.0, math.log10(REACH[0])])
     proposals = [p.lr_scale for p in env._governed._proposals]
     assert proposals[1] == pytest.approx(proposals[0], rel=0.05)
+
+
+def test_a_rule_acts_at_every_step_however_seldom_actions_come() -> None:
+    """The same action four times in a row, or once for four steps: the same run, in every bit."""
+    actions = np.random.default_rng(0).uniform(-1, 1, (3, 4, 2)).astype(np.float32)
+    tasks = sample_tasks(np.random.default_rng(1), 4, horizon=(12, 12))
+    finals = []
+    for every in (1, 4):
+        env = make(4, horizon=(12, 12), rule="lbw-guard", decide_every=every)
+        env.reset(seed=0, options={"tasks": tasks})
+        for action in actions.repeat(4 // every, axis=0):
+            *_, info = env.step(action)
+        finals.append(info["final_info"])
+    assert np.array_equal(finals[0]["lr_scale"], finals[1]["lr_scale"])
+    assert np.array_equal(finals[0]["gain"], finals[1]["gain"])
+    assert (finals[0]["gain"] != 0.0).all()
+
+
+def test_a_rule_at_a_pace_that_does_not_fit_is_refused() -> None:
+    class EveryThird(Constant):
+        decide_every = 3
+
+    with pytest.raises(ValueError, match="decide_every: 4 is no multiple of the 3 steps"):
+        make(2, horizon=(14, 14), rule=EveryThird(), decide_every=4)
 
 
 def test_an_update_that_the_rule_skips_leaves_no_trace() -> None:

@@ -27,8 +27,8 @@ def test_no_position_leaves_the_reach_about_the_rule(lr, momentum, unit):
 def test_the_ends_are_the_reach_and_the_middle_is_the_rule():
     rule = Action(lr_scale=0.3, momentum_scale=0.5, regime="steady", evidence={"target": 1.0})
     assert steered(rule, (0.0, 0.0)) == rule
-    assert steered(rule, (1.0, -1.0)).lr_scale == pytest.approx(0.6)
-    assert steered(rule, (1.0, -1.0)).momentum_scale == pytest.approx(0.4)
+    assert steered(rule, (1.0, -1.0)).lr_scale == pytest.approx(0.3 * REACH[0])
+    assert steered(rule, (1.0, -1.0)).momentum_scale == pytest.approx(0.5 / REACH[1])
 
 
 @pytest.mark.parametrize("directive", [Directive.SKIP, Directive.ROLLBACK])
@@ -44,7 +44,7 @@ def test_the_last_scale_is_seen_in_units_of_the_proposal():
     assert seen["loss"].tolist() == [1.0, 2.0]
 
 
-def frozen(folder, bias, weights=0.0, rule="lbw-guard"):
+def frozen(folder, bias, weights=0.0, rule="lbw-guard", every=1):
     """A policy whose outputs are `bias` plus `weights` times a random mixture of its features."""
     mixture = np.random.default_rng(0).normal(size=(2, len(FEATURES))).astype(np.float32) / math.sqrt(len(FEATURES))
     return save_policy(
@@ -53,7 +53,7 @@ def frozen(folder, bias, weights=0.0, rule="lbw-guard"):
         mean=np.zeros(len(FEATURES)),
         std=np.full(len(FEATURES), 10.0),  # nothing is unfamiliar
         authority=Authority(),
-        decide_every=1,
+        decide_every=every,
         provenance={"rule": rule},
         card="# Card",
         rule=rule,
@@ -97,7 +97,7 @@ def test_adapters_are_left_to_the_rule(tmp_path):
 
 
 def test_a_restored_policy_goes_on_as_if_nothing_had_happened(tmp_path):
-    folder = str(frozen(tmp_path / "mixed", (0.3, 0.0), weights=5.0))
+    folder = str(frozen(tmp_path / "mixed", (0.3, 0.0), weights=5.0, every=4))  # restored within a hold
     one, other = load_controller(folder), load_controller(folder)
     for controller in (one, other):
         controller.reset(Context(total_steps=100, weights=1000, momentum=0.9))
@@ -115,6 +115,25 @@ def test_a_restored_policy_goes_on_as_if_nothing_had_happened(tmp_path):
     for step in range(15, 20):
         t = telemetry(step)
         assert one.act(t) == other.act(t)
+
+
+def test_the_rule_acts_at_every_step_and_the_multiples_hold_for_theirs(tmp_path):
+    policy = load_controller(frozen(tmp_path / "mixed", (0.3, 0.0), weights=5.0, every=4))
+    assert policy.decide_every == 1
+    rule = load_controller("lbw-guard")
+    for controller in (policy, rule):
+        controller.reset(Context(total_steps=40, weights=1000, momentum=0.9))
+    multiples, proposals, last = [], [], 1.0
+    for step in range(12):
+        signals = {"loss": 3 - step / 100, "grad_norm": 1.0, "update_ratio": 0.01 * (1 + step % 3), "weight_rms": 0.02}
+        t = Telemetry(step=step, progress=step / 40, learning_rate=1e-3, lr_scale=last, momentum_scale=1.0, **signals)
+        proposals.append(rule.act(t).lr_scale)
+        last = policy.act(t).lr_scale
+        multiples.append(last / proposals[-1])
+    assert len(set(proposals)) > 9
+    held = np.array(multiples).reshape(3, 4)
+    assert held == pytest.approx(held[:, :1].repeat(4, axis=1))
+    assert len(set(held[:, 0].round(6))) > 1
 
 
 @pytest.mark.parametrize("reach", [(0.5, 1.25), (math.inf, 1.25), (2.0, math.nan)])

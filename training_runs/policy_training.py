@@ -72,7 +72,7 @@ def train(
     *,
     settings: PPOSettings | None = None,
     authority: Authority = DEFAULT_AUTHORITY,
-    decide_every: int = 2,
+    decide_every: int | None = None,
     rule: str | None = None,
     mixture: str | Mixture = "plain",
     backend: Backend = "local",
@@ -88,7 +88,7 @@ def train(
             that lay outside [-1, 1] before clipping), "entropy", "diverged" and "eta_seconds".
         settings: of PPO; default: `STEERING` with a rule, else those of `PPOSettings`.
         authority: bounds on the actions.
-        decide_every: optimizer steps per decision.
+        decide_every: optimizer steps per decision; default: 4 with a rule, which itself acts at every step, else 2.
         rule: name of the controller that actions are relative to; base runs under it then accompany the proxies, since
             what its multiples gain is small beside what sets one task apart from another.
         mixture: kinds of proxies and how many of each, or the name of one of `lbw_rl.envs.mixture.MIXTURES`; every entry is a
@@ -102,6 +102,8 @@ def train(
     if decisions < 1:
         raise ValueError(f"decisions={decisions} must be at least 1")
     settings = settings or (STEERING if rule is not None else PPOSettings())
+    if decide_every is None:
+        decide_every = 2 if rule is None else 4
     name, kinds = (mixture, mixture_named(mixture)) if isinstance(mixture, str) else (None, mixture)
     out.mkdir(parents=True, exist_ok=True)
     arguments: dict[str, Any] = {

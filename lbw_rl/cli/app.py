@@ -68,7 +68,7 @@ def train_policy(
     rule: Annotated[
         str | None,
         typer.Option(
-            help="Rule-based controller whose scales the policy multiplies, by up to 2 either way; default: none, the "
+            help="Rule-based controller whose scales the policy multiplies, by up to √2 either way; default: none, the "
             "policy sets its scales within the authority itself."
         ),
     ] = None,

@@ -23,7 +23,8 @@ from lbw_rl.training_runs.evaluation.tiers import MULTIPLIERS, SEEDS, Tier
 
 FloatArray = NDArray[np.float64]
 
-DECIDE_EVERY = 2
+LOOK_EVERY = 2
+"""Steps between two looks at the held-out loss, which tell whether a run has diverged."""
 RATES = tuple(3.0**k for k in range(-3, 4))
 """Multiples of a family's tuned rate that a search begins with."""
 FINER = (3.0**-0.5, 3.0**-0.25, 1.0, 3.0**0.25, 3.0**0.5)
@@ -51,7 +52,7 @@ MOMENTS = 20
 def governed(
     kind: ProxyKind, tasks: Tasks, controller: str | Path | Controller, authority: Authority = DEFAULT_AUTHORITY
 ) -> Ends:
-    """The runs of `tasks` under copies of a controller, all at once; a decision every two steps, or as often as a policy was made for.
+    """The runs of `tasks` under copies of a controller, all at once; it decides at every step, or as often as it was made for.
 
     Args:
         kind: of the tasks' proxies.
@@ -60,7 +61,7 @@ def governed(
         authority: what its actions are held to.
     """
     n, one = len(tasks), load_controller(controller)
-    decide_every = one.decide_every or DECIDE_EVERY
+    decide_every = max(LOOK_EVERY, one.decide_every or 1)
     env = kind.fleet(n, authority=authority, decide_every=decide_every, base_run=False, rule=one)
     _, info = env.reset(seed=0, options={"tasks": tasks})
     losses, diverged, running = info["initial_loss"].copy(), np.zeros(n, dtype=bool), np.ones(n, dtype=bool)
@@ -151,7 +152,7 @@ def ungoverned(data: ProxyData) -> tuple[FloatArray, NDArray[np.bool_]]:
     initial = runs.held_out_losses()
     losses, lost = initial.copy(), np.zeros(len(data.tasks), dtype=bool)
     while (running := (runs.step < data.tasks.horizon) & ~lost).any():
-        for _ in range(DECIDE_EVERY):
+        for _ in range(LOOK_EVERY):
             runs.update(alone, alone)
             runs.backward()
         now = runs.held_out_losses()

@@ -53,7 +53,7 @@ REMEMBERED = (
 )  # fmt: skip
 """Features that hold this decision against earlier ones; with `ablate` a policy goes without, and sees a single frame."""
 OTHER_PACES = (1, 4, 8)
-"""Steps between two decisions that a policy is also tried at with `ablate`, whatever it learned with."""
+"""Steps between two decisions of its own that a policy is also tried at with `ablate`, whatever it learned with."""
 
 
 def evaluate(
@@ -179,11 +179,7 @@ def _job(tier: Tier, arm: str, what: Any) -> dict[str, Any]:
 
 def _ablated(folder: str, change: Sequence[str] | int) -> FrozenPolicy:
     """A policy blind to some features, or at another pace."""
-    if not isinstance(change, int):
-        return FrozenPolicy(folder, change)
-    policy = FrozenPolicy(folder)
-    policy.decide_every = change
-    return policy
+    return FrozenPolicy(folder, every=change) if isinstance(change, int) else FrozenPolicy(folder, change)
 
 
 def _json(ends: Ends) -> Mapping[str, Any]:
