@@ -83,10 +83,10 @@ MIXTURES: dict[str, Mixture] = {
     "plain": ((ProxyKind(), 32), (ProxyKind(), 32)),
     "broad": tuple(zip(_SYNTHETIC, (16, 12, 12, 8, 16), strict=True)),
     "tokens": (
-        *zip(_SYNTHETIC, (12, 8, 10, 6, 8), strict=True),
-        # A real text, where more than the rule's level costs the most: 0.2 nats at 1.4 times it in the deeper kind.
+        *zip(_SYNTHETIC, (10, 6, 8, 6, 6), strict=True),
+        # A real text, where more than the rule's level costs the most. Few of the deeper kind: one takes as long as ten of the first.
         (ProxyKind(shape=FleetShape(vocab=512), batch=BatchShape(8, 24, 8), horizon=(64, 384), corpora=_TOKENS), 8),
-        (ProxyKind(shape=_DEEPER, batch=BatchShape(8, 48, 8), horizon=(128, 320), corpora=_TOKENS), 6),
+        (ProxyKind(shape=_DEEPER, batch=BatchShape(8, 24, 8), horizon=(128, 320), corpora=_TOKENS), 4),
     ),
 }
 """Name → mixture. "plain" is what scales are learned on: the default proxy. "broad" is what multiples of a rule are

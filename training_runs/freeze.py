@@ -181,7 +181,7 @@ def _card(provenance: dict[str, Any]) -> str:
         for name, s in provenance["proxy_evaluation"].items()
     )
     rule = provenance["rule"]
-    relative = f", as multiples of those of `{rule}`" if rule else ""
+    relative = f", as multiples of those that `{rule}` asks for at every step" if rule else ""
     return f"""# Frozen controller policy
 
 **What it is.** A small tanh network that reads the feature vector (schema {provenance["feature_schema"]}) of a training run every
