@@ -22,8 +22,8 @@ _USUAL_SURPRISE = 1.3  # of a healthy run; 1 would be a gradient that its second
 class LBWGuard(Controller):
     """Inner loop on the update-to-weight ratio, guarded by loss, gradient norm and surprise.
 
-    Set-point: r* of `UpdateTarget`, times a caution factor in [0.1, 1]. The inner loop takes the gain in
-    ratio = gain · rate from the last update and sets the rate that gives r*, so the base rate cancels out of the run. Momentum is shortened to an average over
+    Set-point: r* of `UpdateTarget`, times a caution factor in [0.1, 1]. The inner loop identifies ratio = gain · rate and
+    sets the rate that gives r*, so the base rate cancels out of the run. Momentum is shortened to an average over
     `momentum_steps`, where the authority allows: a short run overshoots less, and its set-point has more room on both sides.
 
     Regimes, first match wins; each comes with its evidence:
@@ -45,6 +45,7 @@ class LBWGuard(Controller):
         displacement: r* · sqrt(T · H) at the start, H the steps that momentum averages over.
         steepness: nats per unit of relative update up to which the displacement is granted in full.
         momentum_steps: longest average that momentum may keep, steps; a shorter one is left alone.
+        half_life: decisions over which the plant's gain is averaged.
         damage: nats above the best mean loss that count as lost.
 
     Raises:
@@ -59,26 +60,28 @@ class LBWGuard(Controller):
         displacement: float = DISPLACEMENT,
         steepness: float = STEEPNESS,
         momentum_steps: float = 5.0,
+        half_life: float = 2.0,
         damage: float = 1.0,
     ) -> None:
         given = {
             "displacement": displacement,
             "steepness": steepness,
             "momentum_steps": momentum_steps,
+            "half_life": half_life,
             "damage": damage,
         }
         for name, value in given.items():
             if not value > 0:
                 raise ValueError(f"lbw-guard.{name}: {value} must be > 0")
         self.displacement, self.steepness, self.momentum_steps = displacement, steepness, momentum_steps
-        self.damage = damage
+        self.half_life, self.damage = half_life, damage
         self.reset(Context())
 
     def reset(self, context: Context) -> None:
         """Forgets the plant, the baselines and the caution."""
         self._target = UpdateTarget(context, self.displacement, self.steepness)
         self._momentum_scale = shorter_momentum(context.momentum, self.momentum_steps)
-        self._plant = RatioPlant()
+        self._plant = RatioPlant(self.half_life)
         self._loss, self._grad_norm = ExponentialMean(20), ExponentialMean(20)
         self._fast_loss = ExponentialMean(4)
         self._best_loss = math.inf

@@ -30,13 +30,13 @@ class RatioPlant:
     """Identifies how many units of update-to-weight ratio one unit of executed learning rate buys.
 
     The plant is `ratio = gain · learning rate`: exact for SGD without momentum, and slowly varying for Adam,
-    whose step size is nearly that of the rate.
+    whose step size is nearly that of the rate. The gain is a geometric mean over the last few updates.
 
     Args:
-        half_life: updates after which an observed gain's weight has halved, in a geometric mean; 0 takes the last update alone.
+        half_life: updates after which an observed gain's weight has halved.
     """
 
-    def __init__(self, half_life: float = 0.0) -> None:
+    def __init__(self, half_life: float) -> None:
         self._log_gain = ExponentialMean(half_life)
         self._executed_lr: float | None = None
 

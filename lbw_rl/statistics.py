@@ -13,16 +13,13 @@ class ExponentialMean:
     A non-finite value is counted in `rejected` and never enters; before the first finite value `mean` is NaN.
 
     Args:
-        half_life: observations after which a value's weight has halved; 0 keeps the newest value alone.
-
-    Raises:
-        ValueError: a half-life below 0, or NaN.
+        half_life: observations after which a value's weight has halved.
     """
 
     def __init__(self, half_life: float) -> None:
-        if not half_life >= 0:
-            raise ValueError(f"half_life: {half_life} must be ≥ 0 observations")
-        self.weight = 1.0 - 0.5 ** (1.0 / half_life) if half_life else 1.0
+        if not half_life > 0:
+            raise ValueError(f"half_life: {half_life} must be > 0 observations")
+        self.weight = 1.0 - 0.5 ** (1.0 / half_life)
         self.mean = math.nan
         self.deviation = 0.0
         self.count = 0

@@ -25,6 +25,7 @@ _UNKNOWN_AVERAGING = (
 _PLAIN_AVERAGING = (
     20.0  # steps, for SGD: a gradient's few large entries take half the ratio that an even update does, at any momentum
 )
+_RAMP = 10  # steps: the length of Adam's memory; the same start whatever the base rate and its warmup
 _FORGET = 0.5 ** (1 / 100)  # per decision, of the largest gradient norm: half-life 100 decisions
 _USUAL_RMS = 0.02  # of fresh weights: the initial deviation of Qwen2, Llama and GPT-2
 
@@ -32,7 +33,7 @@ _USUAL_RMS = 0.02  # of fresh weights: the initial deviation of Qwen2, Llama and
 class UpdateTarget:
     """The update-to-weight ratio that a run should have now.
 
-    r* = displacement / sqrt(T · H) · min(1, steepness / S) · shape, with
+    r* = displacement / sqrt(T · H) · min(1, steepness / S) · ramp · shape, with
 
     - H = 1/(1 − β), β the momentum as executed: what is held is the displacement, not the single step; 5 where it is unknown
       and 20 for SGD, with or without momentum;
@@ -41,8 +42,7 @@ class UpdateTarget:
       adapters have no size of their own that would mean anything: there it is 0.55 · steepness / S alone (at most 4), with
       the weights as they are now, so that their size cancels and ‖g‖ · ‖Δw‖ itself is held;
     - shape = min(sqrt(1 − p), η/η_max): p the progress, η the scheduled rate and η_max its largest so far, so that an annealing
-      that the user asked for is kept, and none comes twice. A warmup is no annealing: the ratio is held from the first step, and a
-      ramp on top of it pays nothing (docs/LOG.md, 2026-11-29). Without a horizon T = 1000 and the schedule alone.
+      that the user asked for is kept, and none comes twice. Without a horizon T = 1000 and the schedule alone.
 
     The gradient is taken to be that of a mean loss in nats per token.
 
@@ -72,7 +72,8 @@ class UpdateTarget:
 
     def ratio(self, t: Telemetry) -> float:
         """r* for the step at hand, from the telemetry that it is decided on."""
-        return self._displacement / math.sqrt(self._horizon(t)) * self._permitted() * self._shape(t)
+        ramp = min(1.0, (t.step + 1) / _RAMP) if math.isfinite(t.step) else 1.0
+        return self._displacement / math.sqrt(self._horizon(t)) * self._permitted() * ramp * self._shape(t)
 
     def first_scale(self, t: Telemetry) -> float:
         """Scale of the very first step, of which nothing is measured yet: never more than the base rate.
@@ -82,9 +83,8 @@ class UpdateTarget:
         return min(1.0, self.ratio(t) * _USUAL_RMS / t.learning_rate) if t.learning_rate > 0 else 1.0
 
     def steepness(self) -> float:
-        """S in nats, of weights of the usual size before theirs is measured; NaN where nothing is."""
-        rms = self._weight_rms if self._weight_rms > 0 or self._low_rank else _USUAL_RMS
-        return self._largest * rms * self._root_weights if self._largest > 0 else math.nan
+        """S in nats; NaN before it is measured."""
+        return self._largest * self._weight_rms * self._root_weights if self._largest > 0 else math.nan
 
     def _permitted(self) -> float:
         s = self.steepness()

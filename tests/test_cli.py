@@ -144,8 +144,8 @@ def test_the_recipes_own_controller_options_do_not_reach_another_controller(lbw,
         (["--controller", "pid"], {"name": "pid", "options": {"ki": 0.2}}),
         (["--controller", "lbw-guard"], {"name": "lbw-guard", "options": {}}),
         (
-            ["--controller", "lbw-guard", "--set", "controller.options.damage=3.0"],
-            {"name": "lbw-guard", "options": {"damage": 3.0}},
+            ["--controller", "lbw-guard", "--set", "controller.options.half_life=3.0"],
+            {"name": "lbw-guard", "options": {"half_life": 3.0}},
         ),
     ):
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"

@@ -107,10 +107,10 @@ def test_ablation_is_complete_and_resumes(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ablation, "FAMILIES", {"tiny": ("mini-qwen2", (*tiny, "train.steps=12"))})
-    found = ablation.benchmark(tmp_path, ["tiny"], ["ramp", "no-fall"], [1.0, 30.0], 2, workers=1)
+    found = ablation.benchmark(tmp_path, ["tiny"], ["no-ramp", "no-fall"], [1.0, 30.0], 2, workers=1)
     assert len(found["rows"]) == 3 * 2 * 2
-    assert {e["variant"] for e in found["effects"]} == {"ramp", "no-fall"}
-    again = ablation.benchmark(tmp_path, ["tiny"], ["ramp", "no-fall"], [1.0, 30.0], 2, workers=1)
+    assert {e["variant"] for e in found["effects"]} == {"no-ramp", "no-fall"}
+    again = ablation.benchmark(tmp_path, ["tiny"], ["no-ramp", "no-fall"], [1.0, 30.0], 2, workers=1)
     assert again["rows"] == found["rows"]
     assert json.loads((tmp_path / "results.json").read_text())["effects"] == json.loads(json.dumps(found["effects"]))
     monkeypatch.setattr("sys.argv", ["ablation", "--variants", "no-brakes"])

@@ -76,13 +76,8 @@ def test_score_counts_mean_absolute_deviations_above_the_mean():
     assert math.isnan(ExponentialMean(1).score(4.0))
 
 
-def test_a_half_life_of_zero_keeps_the_newest_value_alone():
-    mean = ExponentialMean(0)
-    assert [mean.update(x) for x in (3.0, -1.0, math.nan, 5.0)] == [3.0, -1.0, -1.0, 5.0]
-
-
-@pytest.mark.parametrize("half_life", [-1, math.nan])
-def test_half_life_must_not_be_negative(half_life):
+@pytest.mark.parametrize("half_life", [0, -1, math.nan])
+def test_half_life_must_be_positive(half_life):
     with pytest.raises(ValueError, match="half_life"):
         ExponentialMean(half_life)
 

@@ -84,7 +84,7 @@ def draw(target: Path) -> None:
 
     setpoint = ratio_level(STEPS)
     pids = {f"Ki {ki:g}, Kp {kp:g}": PID(setpoint=setpoint, ki=ki, kp=kp) for ki, kp in _PID_GAINS}
-    guards = {"the last update's gain": LBWGuard()}
+    guards = {f"half-life {h:g}": LBWGuard(half_life=h) for h in (0.5, 2.0, 8.0)}
     entropics = {f"Kp {kp:g}, Ki {ki:g}": EntroPIC(kp=kp, ki=ki) for kp, ki in ((4, 0), (4, 0.2), (1, 0.2), (1, 0.05))}
     panels: list[tuple[str, dict[str, Controller], Disturbance, tuple[int, int]]] = [
         ("pid: plant gain × 10", {**pids}, gain_step, (15, 50)),
