@@ -95,6 +95,8 @@ def test_effects_are_paired_by_multiplier_and_seed() -> None:
     rows += [row("x", 1, 0, 4.1), row("x", 30, 0, 4.3), row("x", 1, 1, 5.3), row("x", 30, 1, 6.5)]
     (effect,) = ablation.effects(rows)
     assert effect["difference"] == pytest.approx((0.1 + (0.3 + 1.3) / 2) / 2)
+    assert effect["sensitivity"] == pytest.approx((4.7 + 5.4) / 2 - 4.7)
+    assert effect["whole_sensitivity"] == pytest.approx((4.5 + 4.7) / 2 - 4.5)
     assert effect["seeds"] == 2
     assert effect["diverged"] == 1
     assert effect["skips"] == 4

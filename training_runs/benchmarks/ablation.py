@@ -2,13 +2,15 @@
 
 ```
 python -m lbw_rl.training_runs.benchmarks.ablation --out ablation
-python -m lbw_rl.training_runs.benchmarks.ablation --seeds 1 --families mini-qwen2 --variants whole,no-ramp
+python -m lbw_rl.training_runs.benchmarks.ablation --seeds 1 --families mini-qwen2 --variants no-ramp
 ```
 
 Runs of a family share weights and batches, and begin at each of the multiples of the rate that AdamW is tuned to there
 (docs/benchmarks.md). The figure is the final held-out loss less that of the whole law at the same multiple and seed: above
-0, the part pays. A run that ends no better than it began counts with its initial loss. `results.json` holds all of it, and
-what is in `results.jsonl` is not run again: the same command goes on after an interruption.
+0, the part pays. Beside it stands how flat the axis is without the part, the learning-rate sensitivity over those multiples:
+two of them tell little of it, and some parts pay in nothing else. A run that ends no better than it began counts with its
+initial loss. `results.json` holds all of it, and what is in `results.jsonl` is not run again: the same command goes on after
+an interruption.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from lbw_rl.training_runs.benchmarks.records import Rows, choose, fingerprint, m
 from lbw_rl.training_runs.folders import write_json
 from lbw_rl.training_runs.grid import parse_multiplier
 from lbw_rl.training_runs.intervals import mean_interval
+from lbw_rl.training_runs.summary import lr_sensitivity
 from lbw_rl.update_target import UpdateTarget
 
 MULTIPLIERS = "1/30,30"
@@ -253,6 +256,7 @@ def effects(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What leaving a part out costs: per family and variant the mean difference of the final loss from the whole law's.
 
     Differences are paired by multiplier and seed; the interval is over seeds, each the mean over its multipliers.
+    `sensitivity` is the learning-rate sensitivity without the part, `whole_sensitivity` with it, nats.
     """
     whole = {(r["family"], r["multiplier"], r["seed"]): r["final_loss"] for r in rows if r["variant"] == "whole"}
     found = []
@@ -263,12 +267,15 @@ def effects(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             difference = r["final_loss"] - whole[family, r["multiplier"], r["seed"]]
             by_seed.setdefault(r["seed"], []).append(difference)
         means = [fmean(values) for values in by_seed.values()]
+        all_of_whole = [r for r in rows if (r["family"], r["variant"]) == (family, "whole")]
         found.append(
             {
                 "family": family,
                 "variant": variant,
                 "difference": fmean(means),
                 "interval": mean_interval(means),
+                "sensitivity": _sensitivity(of_both),
+                "whole_sensitivity": _sensitivity(all_of_whole),
                 "seeds": len(means),
                 "diverged": sum(r["diverged"] for r in of_both),
                 "skips": sum(r["skips"] for r in of_both),
@@ -277,12 +284,23 @@ def effects(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def _sensitivity(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Of the mean over seeds."""
+    by_multiplier: dict[float, list[float]] = {}
+    for r in rows:
+        by_multiplier.setdefault(r["multiplier"], []).append(r["final_loss"])
+    return lr_sensitivity(fmean(losses) for losses in by_multiplier.values())
+
+
 def render(found: Mapping[str, Any]) -> Table:
     """Differences in nats, one column a family."""
     entries = {(e["family"], e["variant"]): e for e in found["effects"]}
     families = list(dict.fromkeys(family for family, _ in entries))
     head = ("variant", "what is different", *families)
-    table = Table(*head, title="final loss less that of the whole law, nats: above 0, the part pays")
+    table = Table(
+        *head,
+        title="final loss less that of the whole law, nats: above 0, the part pays; then the LR sensitivity without it",
+    )
     for variant in dict.fromkeys(variant for _, variant in entries):
         table.add_row(variant, VARIANTS[variant][0], *(_cell(entries.get((family, variant))) for family in families))
     return table
@@ -294,6 +312,7 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
     text = f"{entry['difference']:+.3f}"
     if entry["interval"]:
         text += f" [{entry['interval'][0]:+.3f}, {entry['interval'][1]:+.3f}]"
+    text += f", {entry['sensitivity']:.3f} (whole {entry['whole_sensitivity']:.3f})"
     return text + (f", {entry['diverged']} diverged" if entry["diverged"] else "")
 
 
