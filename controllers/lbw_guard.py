@@ -16,6 +16,8 @@ from lbw_rl.signals import Telemetry
 from lbw_rl.statistics import ExponentialMean
 from lbw_rl.update_target import DISPLACEMENT, STEEPNESS, UpdateTarget, shorter_momentum
 
+_MOST_REFUSED = 10
+"""Steps that are skipped in a row: if the weights are to blame and not the batch, nothing gets better until they move again."""
 _USUAL_SURPRISE = 1.3  # of a healthy run; 1 would be a gradient that its second moment knows exactly
 
 
@@ -31,7 +33,7 @@ class LBWGuard(Controller):
     | regime | evidence | what it does |
     |---|---|---|
     | non-finite | loss or gradient norm NaN or infinite | skip |
-    | gradient-burst | gradient norm > 8 deviations above and > 5 × its mean | skip |
+    | gradient-burst | gradient norm > 8 deviations above and > 5 × its mean, at most ten times in a row | skip |
     | bad-batch | loss > 6 deviations and > 1 nat above its mean, at most ten times in a row | skip |
     | diverged | fast mean loss > best + `damage` nats, for a while | rollback (where permitted), caution ÷ 2 |
     | loss-spike | loss > 6 deviations above its mean | caution ÷ 2 |
@@ -86,7 +88,7 @@ class LBWGuard(Controller):
         self._fast_loss = ExponentialMean(4)
         self._best_loss = math.inf
         self._lost = 0
-        self._bad_batches = 0  # in a row
+        self._refused = 0  # steps in a row
         self._overshooting = False
         self._caution = 1.0
         self._last_scale = 1.0
@@ -99,16 +101,17 @@ class LBWGuard(Controller):
             self._momentum_scale = shorter_momentum(t.momentum, self.momentum_steps)
         if t.nonfinite == 1:  # NaN: no gradient was there to judge
             return self._skip("non-finite", {"nonfinite": 1.0})
-        if self._is_burst(t.grad_norm):
-            evidence = {"grad_norm": t.grad_norm, "mean": self._grad_norm.mean}
-            # The burst enters the baseline clamped: a lasting change of level is learned, one outlier hardly shows.
-            self._grad_norm.update(2 * self._grad_norm.mean)
-            return self._skip("gradient-burst", evidence)
-        if self._is_bad_batch(t.loss) and self._bad_batches < 10:
-            # Nothing of it enters a baseline. If the weights are to blame, the tenth skip ends, and the alarms take over.
-            self._bad_batches += 1
-            return self._skip("bad-batch", {"loss": t.loss, "mean": self._loss.mean})
-        self._bad_batches = 0 if not self._is_bad_batch(t.loss) else self._bad_batches
+        burst, bad_batch = self._is_burst(t.grad_norm), self._is_bad_batch(t.loss)
+        if not (burst or bad_batch):
+            self._refused = 0
+        elif self._refused < _MOST_REFUSED:
+            self._refused += 1
+            if burst:
+                evidence = {"grad_norm": t.grad_norm, "mean": self._grad_norm.mean}
+                # The burst enters the baseline clamped: a lasting change of level is learned, one outlier hardly shows.
+                self._grad_norm.update(2 * self._grad_norm.mean)
+                return self._skip("gradient-burst", evidence)
+            return self._skip("bad-batch", {"loss": t.loss, "mean": self._loss.mean})  # enters no baseline
         alarm, evidence = self._alarm(t)
         self._grad_norm.update(t.grad_norm)
         self._target.observe(t)
@@ -202,7 +205,7 @@ class LBWGuard(Controller):
             "fast_loss": self._fast_loss.state_dict(),
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
             "lost": self._lost,
-            "bad_batches": self._bad_batches,
+            "refused": self._refused,
             "overshooting": self._overshooting,
             "caution": self._caution,
             "last_scale": self._last_scale,
@@ -217,7 +220,7 @@ class LBWGuard(Controller):
         self._fast_loss.load_state_dict(state["fast_loss"])
         self._best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
         self._lost, self._caution, self._last_scale = state["lost"], state["caution"], state["last_scale"]
-        self._bad_batches, self._overshooting = state["bad_batches"], state["overshooting"]
+        self._refused, self._overshooting = state["refused"], state["overshooting"]
 
 
 def _tracking(scale: float, progress: float) -> str:

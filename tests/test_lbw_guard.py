@@ -41,6 +41,24 @@ def test_guard_skips_a_gradient_burst_with_its_evidence():
     assert plant.proposed.directive is Directive.PROCEED
 
 
+def test_a_gradient_that_stays_large_is_not_skipped_for_ever():
+    """Ten in a row at most: the weights are to blame, and they get no better while none of their updates is taken."""
+    plant = RatioPlant(LBWGuard(), WIDE, gain=7.0)
+    for step in range(30):
+        plant.decide(grad_norm=1.0 + 0.1 * (-1) ** step)
+    calm = plant.decide()
+    skipped = []
+    for _ in range(40):
+        plant.decide(grad_norm=100.0)
+        skipped.append(plant.proposed.directive is Directive.SKIP)
+    assert skipped == [True] * 10 + [False] * 30
+    assert plant.decide(grad_norm=100.0) < calm  # a steep place: shorter steps
+    for _ in range(300):
+        plant.decide()
+    plant.decide(grad_norm=100.0)
+    assert plant.proposed.regime == "gradient-burst"  # counted anew
+
+
 def test_guard_skips_bad_batches_but_not_for_ever():
     """Ten in a row at most: if the loss stays high the weights are to blame, and the alarms take over."""
     plant = RatioPlant(LBWGuard(), WIDE, gain=7.0)
