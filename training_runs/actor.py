@@ -37,6 +37,10 @@ class Actor:
         first = (weight * std).astype(np.float32), (bias + weight @ mean).astype(np.float32)
         return Actor([first, *self.layers[1:]])
 
+    def of_raw(self, mean: FloatArray, std: FloatArray) -> Actor:
+        """The inverse of `normalised`: an actor of observations, given one of (observation − mean) / std."""
+        return self.normalised(-mean / std, 1.0 / std)
+
 
 def actor_of(policy: ActorCriticPolicy) -> Actor:
     """Copies the actor out of a stable-baselines3 `MlpPolicy` with tanh activations."""

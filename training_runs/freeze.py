@@ -13,7 +13,14 @@ from lbw_rl.policy import CARD_FILE, HEADER_FILE, load_policy, save_policy
 from lbw_rl.training_runs.actor import Actor
 from lbw_rl.training_runs.folders import prepare_output
 from lbw_rl.training_runs.policy_evaluation import Act, evaluate_actor, neutral, uniform
-from lbw_rl.training_runs.policy_training import CHECKPOINT_FILE, CURVE_FILE, PPOSettings, TrainingResult, train
+from lbw_rl.training_runs.policy_training import (
+    CHECKPOINT_FILE,
+    CURVE_FILE,
+    TRIALS_FILE,
+    PPOSettings,
+    TrainingResult,
+    train,
+)
 from lbw_rl.training_runs.workers import Backend
 
 UNTRAINED = "untrained"
@@ -39,12 +46,13 @@ def train_and_freeze(
     mixture: str = "plain",
     backend: Backend = "local",
     proxies: int = 48,
+    trials: int = 0,
 ) -> dict[str, Any]:
     """Learns a policy on proxies and freezes it, and its untrained self, into folders that `load_controller` reads.
 
     Args:
         out: the policy's folder; the learning curve goes there too, and the untrained control into `untrained/`.
-        decisions: decisions to learn from; at least 1.
+        decisions: decisions of PPO to learn from; at least 1, or none after trials.
         seed: of network, tasks and exploration.
         rule: name of a rule-based controller whose scales the policy multiplies; None for scales of its own.
         mixture: one of `lbw_rl.envs.mixture.MIXTURES`: what it learns on.
@@ -52,6 +60,7 @@ def train_and_freeze(
         resume: go on from an earlier attempt's checkpoint; a finished policy is returned as it is.
         meter: shows decisions, return, clip fraction and entropy.
         settings: PPO settings other than the default.
+        trials: decisions of trials under random multiples of the rule, from whose hindsight PPO begins.
         proxies: fresh proxies that trained, untrained, random and neutral actions are judged on.
 
     Returns:
@@ -64,21 +73,31 @@ def train_and_freeze(
     folder = prepare_output(out, resume)
     if (folder / HEADER_FILE).exists():
         provenance = load_policy(folder).header.provenance
-        wanted = {"seed": seed, "decisions": decisions, "rule": rule, "mixture": mixture}
+        wanted = {"seed": seed, "decisions": decisions, "trials": trials, "rule": rule, "mixture": mixture}
         if all(provenance.get(name) == value for name, value in wanted.items()):
             return _outcome(provenance)
         held = ", ".join(f"{name} {provenance.get(name)}" for name in wanted)
         raise ValueError(
-            f"out: {folder} holds a policy of {held}; accepted: the same --seed, --decisions, --rule and --mixture, or another --out"
+            f"out: {folder} holds a policy of {held}; accepted: the same --seed, --decisions, --trials, --rule and --mixture, or another --out"
         )
 
     def show(record: dict[str, float]) -> None:
         if meter is not None:
-            note = "return {return_mean:+.2f} clip {clip_fraction:.0%} entropy {entropy:+.2f}".format(**record)
-            meter.update(min(decisions, int(record["decisions"])), decisions, note)
+            note = "return {return_mean:+.2f}" if "clip_fraction" in record else "trials, gain {return_mean:+.2f}"
+            note += " clip {clip_fraction:.0%} entropy {entropy:+.2f}" if "clip_fraction" in record else ""
+            meter.update(min(trials + decisions, int(record["decisions"])), trials + decisions, note.format(**record))
 
     result = train(
-        decisions, seed, folder, show, settings=settings, rule=rule, mixture=mixture, backend=backend, resume=resume
+        decisions,
+        seed,
+        folder,
+        show,
+        settings=settings,
+        rule=rule,
+        mixture=mixture,
+        backend=backend,
+        resume=resume,
+        trials=trials,
     )
     contenders: dict[str, Act] = {
         "trained": _on_raw(result, result.actor),
@@ -94,9 +113,11 @@ def train_and_freeze(
     }
     judged = {name: evaluate_actor(act, proxies, **options).summary() for name, act in contenders.items()}
     provenance = {**result.provenance, "trained_on_decisions": result.decisions, "proxy_evaluation": judged}
-    _freeze(folder / UNTRAINED, result, result.untrained, {**provenance, "trained_on_decisions": 0})
+    _freeze(folder / UNTRAINED, result, result.untrained, {**provenance, "trials": 0, "trained_on_decisions": 0})
     _freeze(folder, result, result.actor, provenance)
-    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    for kept in (CHECKPOINT_FILE, TRIALS_FILE.format("*")):
+        for path in folder.glob(kept):
+            path.unlink()
     return _outcome(provenance)
 
 
@@ -114,7 +135,8 @@ def ship(folder: str | Path, target: str | Path, evaluation: str | Path | None =
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
     for name in ("policy.safetensors", HEADER_FILE, CARD_FILE, CURVE_FILE):
-        shutil.copy2(Path(folder) / name, target / name)
+        if name != CURVE_FILE or (Path(folder) / name).exists():  # no PPO, no curve
+            shutil.copy2(Path(folder) / name, target / name)
     header = load_policy(target).header
     if evaluation is not None:
         card = target / CARD_FILE
@@ -175,6 +197,14 @@ def _freeze(folder: Path, result: TrainingResult, actor: Actor, provenance: dict
     )
 
 
+def _how(provenance: dict[str, Any]) -> str:
+    trials, decisions = provenance["trials"], provenance["trained_on_decisions"]
+    hindsight = f"learned in hindsight from {trials:,} decisions of trials under random multiples"
+    if not trials:
+        return "Learned with PPO on proxy runs."
+    return f"{hindsight.capitalize()}" + (f", then with PPO for {decisions:,} more." if decisions else ".")
+
+
 def _card(provenance: dict[str, Any]) -> str:
     rows = "\n".join(
         f"| {name} | {s['gain']:+.3f} ± {s['standard_error']:.3f} | {s['diverged']:.1%} |"
@@ -185,13 +215,13 @@ def _card(provenance: dict[str, Any]) -> str:
     return f"""# Frozen controller policy
 
 **What it is.** A small tanh network that reads the feature vector (schema {provenance["feature_schema"]}) of a training run every
-{provenance["decide_every"]} optimizer steps and proposes a learning-rate scale and a momentum scale{relative}. Learned with PPO on proxy runs.
+{provenance["decide_every"]} optimizer steps and proposes a learning-rate scale and a momentum scale{relative}. {_how(provenance)}
 
 **Intended use.** `Governor(optimizer, controller="THIS FOLDER", total_steps=…)`, inside whatever authority you give
 it, on runs of a language model under AdamW. Features far from its training data are counted, and past the rate in
 `policy.json` the rule named there takes over.
 
-**Training data.** {provenance["trained_on_decisions"]:,} decisions, seed {provenance["seed"]}, on tasks drawn from:
+**Training data.** {provenance["trials"] + provenance["trained_on_decisions"]:,} decisions, seed {provenance["seed"]}, on tasks drawn from:
 
 ```json
 {json.dumps(provenance["tasks"], indent=1)}

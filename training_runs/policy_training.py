@@ -12,6 +12,7 @@ import gymnasium
 import numpy as np
 import stable_baselines3
 import torch
+from numpy.random import SeedSequence
 from numpy.typing import NDArray
 
 from lbw_rl.authority import Authority
@@ -21,6 +22,7 @@ from lbw_rl.features import FEATURE_SCHEMA, FEATURES
 from lbw_rl.training_runs.actor import Actor, actor_of
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
 from lbw_rl.training_runs.fleets import fleets
+from lbw_rl.training_runs.hindsight import Hindsight, Trials, gather, learn
 from lbw_rl.training_runs.policy_evaluation import evaluate_actor
 from lbw_rl.training_runs.ppo_session import CHECKPOINT_FILE, CURVE_FILE, PPOSession, PPOSettings
 from lbw_rl.training_runs.training_monitor import Progress
@@ -31,6 +33,8 @@ __all__ = ["CHECKPOINT_FILE", "CURVE_FILE", "STEERING", "PPOSettings", "Training
 
 STEERING = PPOSettings(log_std_init=-0.7, learning_rate=3e-3)
 """For multiples of a rule: half of their reach is not far, so that exploration may be wide (docs/LOG.md, 2026-11-28)."""
+TRIALS_PER_PART = 24_000
+TRIALS_FILE = "trials-{}.npz"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +81,15 @@ def train(
     mixture: str | Mixture = "plain",
     backend: Backend = "local",
     resume: bool = False,
+    trials: int = 0,
 ) -> TrainingResult:
     """Trains a policy; same arguments, same bits.
 
+    With `trials` there is a stage before PPO: runs under multiples of the rule that are drawn at random and hold for a while,
+    and from hindsight the actor that PPO begins with (`lbw_rl.training_runs.hindsight`).
+
     Args:
-        decisions: decisions to train on, over all proxies; rounded up to whole rollouts.
+        decisions: of PPO, over all proxies; rounded up to whole rollouts. With `trials` there may be none.
         seed: of tasks, weights and exploration.
         out: folder for the learning curve and the checkpoint.
         progress: called after every rollout with "decisions", "return_mean", "clip_fraction" (share of the actions
@@ -94,13 +102,16 @@ def train(
         mixture: kinds of proxies and how many of each, or the name of one of `lbw_rl.envs.mixture.MIXTURES`; every entry is a
             fleet of its own.
         backend: "local": every fleet in a thread; "ray": in a process of a Ray cluster. The policy is the same, bit for bit.
-        resume: go on from the checkpoint in `out`, if there is one.
+        resume: go on from the checkpoint and the trials in `out`, if there are any.
+        trials: decisions of trials, over all proxies.
 
     Raises:
-        ValueError: `decisions` below 1, an unknown mixture, or a checkpoint of another training.
+        ValueError: nothing to train on, trials without a rule, an unknown mixture, or a checkpoint of another training.
     """
-    if decisions < 1:
-        raise ValueError(f"decisions={decisions} must be at least 1")
+    if decisions < 0 or trials < 0 or decisions + trials < 1:
+        raise ValueError(f"decisions={decisions}, trials={trials}: none may be negative, and one must be at least 1")
+    if trials and rule is None:
+        raise ValueError(f"trials={trials} without a rule: what is tried are multiples of what a rule proposes")
     settings = settings or (STEERING if rule is not None else PPOSettings())
     if decide_every is None:
         decide_every = 2 if rule is None else 4
@@ -117,20 +128,60 @@ def train(
     try:
         with fleets(kinds, arguments, backend) as environments:
             env = FleetVecEnv(environments)
-            provenance = _provenance(decisions, seed, settings, authority, decide_every, rule, name, kinds)
-            session = PPOSession(env, decisions, seed, out, settings, provenance, progress)
-            if resume:
-                session.resume()
+            provenance = _provenance(decisions, seed, settings, authority, decide_every, rule, name, kinds, trials)
+            hindsight = _hindsight(env, trials, seed, out, settings, provenance, progress, resume) if trials else None
+            session = PPOSession(env, decisions, seed, out, settings, provenance, _counted_on(progress, trials))
+            going_on = resume and session.resume()
+            if hindsight is not None and not going_on:
+                session.begin_with(hindsight.actor.of_raw(hindsight.mean, hindsight.std))
             session.run()
             env.close()
-            return _result(session, authority, decide_every)
+            return _result(session, authority, decide_every, hindsight)
     finally:
         torch.set_num_threads(threads)
 
 
-def _result(session: PPOSession, authority: Authority, decide_every: int) -> TrainingResult:
+def _hindsight(
+    env: FleetVecEnv,
+    decisions: int,
+    seed: int,
+    out: Path,
+    settings: PPOSettings,
+    provenance: dict[str, Any],
+    progress: Progress | None,
+    resume: bool,
+) -> Hindsight:
+    """Trials in parts, each of which is kept until the training is over, and what they tell."""
+    parts: list[Trials] = []
+    for number, first in enumerate(range(0, decisions, TRIALS_PER_PART)):
+        path = out / TRIALS_FILE.format(number)
+        if resume and path.exists():
+            parts.append(Trials.load(path, provenance))
+            continue
+
+        def tell(done: int, gain: float, first: int = first) -> None:
+            if progress is not None:
+                progress({"decisions": float(first + done), "return_mean": gain})
+
+        length = min(TRIALS_PER_PART, decisions - first)
+        parts.append(gather(env, length, int(SeedSequence([seed, 2**20 + number]).generate_state(1)[0] >> 1), tell))
+        parts[-1].save(path, provenance)
+    return learn(Trials.joined(parts), seed, settings.hidden_sizes)
+
+
+def _counted_on(progress: Progress | None, trials: int) -> Progress | None:
+    return progress and (lambda record: progress(record | {"decisions": record["decisions"] + trials}))
+
+
+def _result(
+    session: PPOSession, authority: Authority, decide_every: int, hindsight: Hindsight | None
+) -> TrainingResult:
     """The actor in terms of normalised observations."""
-    mean, std = session.monitor.normaliser()
+    if hindsight is not None and not session.decisions:
+        mean, std = hindsight.mean, hindsight.std
+    else:
+        mean, std = session.monitor.normaliser()
+    told = {} if hindsight is None else {"hindsight": hindsight.report}
     return TrainingResult(
         actor=actor_of(session.model.policy).normalised(mean, std),
         untrained=session.untrained.normalised(mean, std),
@@ -142,7 +193,7 @@ def _result(session: PPOSession, authority: Authority, decide_every: int) -> Tra
         decide_every=decide_every,
         decisions=session.decisions,
         return_mean=session.monitor.return_mean,
-        provenance=session.provenance,
+        provenance={**session.provenance, **told},
     )
 
 
@@ -155,6 +206,7 @@ def _provenance(
     rule: str | None,
     mixture: str | None,
     kinds: Mixture,
+    trials: int,
 ) -> dict[str, Any]:
     from lbw_rl import __version__
 
@@ -162,6 +214,7 @@ def _provenance(
         "algorithm": "PPO (stable-baselines3)",
         "seed": seed,
         "decisions": decisions,
+        "trials": trials,
         "decide_every": decide_every,
         "rule": rule,
         "mixture": mixture,

@@ -13,7 +13,7 @@ from numpy.random import SeedSequence
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import set_random_seed
 
-from lbw_rl.training_runs.actor import actor_of
+from lbw_rl.training_runs.actor import Actor, actor_of
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
 from lbw_rl.training_runs.training_monitor import Progress, TrainingMonitor
 
@@ -103,12 +103,21 @@ class PPOSession:
 
     def _learning_rate(self, _: float) -> float:
         # stable-baselines3 would count progress anew in every segment.
-        return self.settings.learning_rate * max(0.1, 1.0 - self.decisions / self.planned)
+        return self.settings.learning_rate * max(0.1, 1.0 - self.decisions / max(1, self.planned))
 
     @property
     def decisions(self) -> int:
         """Decisions done so far."""
         return int(self.model.num_timesteps) if hasattr(self, "model") else 0
+
+    def begin_with(self, actor: Actor) -> None:
+        """Puts an actor of raw observations in the place of the one that PPO would begin with; the critic still knows nothing."""
+        policy = self.model.policy
+        ours = [m for m in [*policy.mlp_extractor.policy_net, policy.action_net] if isinstance(m, torch.nn.Linear)]
+        with torch.no_grad():
+            for module, (weight, bias) in zip(ours, actor.layers, strict=True):
+                module.weight.copy_(torch.from_numpy(weight))
+                module.bias.copy_(torch.from_numpy(bias))
 
     def run(self) -> None:
         """Trains segment by segment until nothing is left to do."""
@@ -138,11 +147,11 @@ class PPOSession:
         torch.save(state, temporary)
         os.replace(temporary, self.out / CHECKPOINT_FILE)
 
-    def resume(self) -> None:
-        """Goes on from the checkpoint, if there is one."""
+    def resume(self) -> bool:
+        """Goes on from the checkpoint, and tells whether there was one."""
         path = self.out / CHECKPOINT_FILE
         if not path.exists():
-            return
+            return False
         state = torch.load(path, weights_only=True)
         ours, theirs = self.provenance, json.loads(state["provenance"])
         if state["schema"] != CHECKPOINT_SCHEMA or ours != theirs:
@@ -155,6 +164,7 @@ class PPOSession:
         self.model.policy.load_state_dict(state["policy"])
         self.model.policy.optimizer.load_state_dict(state["optimizer"])
         self.monitor.load_state_dict(state["monitor"])
+        return True
 
 
 def _stream(seed: int, segment: int) -> int:

@@ -63,7 +63,17 @@ def demo(
 @app.command(epilog="Example: `lbw-rl train-policy --decisions 60000 --seed 0 --out my-policy`")
 def train_policy(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder of the frozen policy.")],
-    decisions: Annotated[int, typer.Option(help="Decisions to learn from, over all proxies.", min=1)] = 60_000,
+    decisions: Annotated[
+        int, typer.Option(help="Decisions of PPO to learn from, over all proxies; 0 only after trials.", min=0)
+    ] = 60_000,
+    trials: Annotated[
+        int,
+        typer.Option(
+            help="With --rule: decisions of trials before PPO, under random multiples that hold for a while; PPO begins with what "
+            "hindsight tells of them.",
+            min=0,
+        ),
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of network, tasks and exploration.", min=0)] = 0,
     rule: Annotated[
         str | None,
@@ -92,13 +102,21 @@ def train_policy(
     where = check_backend(backend)
     with meter("training policy") as m:
         result = train_and_freeze(
-            out_dir, decisions=decisions, seed=seed, rule=rule, mixture=mixture, backend=where, resume=resume, meter=m
+            out_dir,
+            decisions=decisions,
+            seed=seed,
+            rule=rule,
+            mixture=mixture,
+            backend=where,
+            resume=resume,
+            meter=m,
+            trials=trials,
         )
     if as_json:
         emit_json(result)
     else:
         out.print(
-            f"frozen policy: {out_dir}  ({result['decisions']:,} decisions, gain {result['gain']:.3f} nats over the base run)"
+            f"frozen policy: {out_dir}  ({trials + result['decisions']:,} decisions, gain {result['gain']:.3f} nats over the base run)"
         )
 
 

@@ -1,0 +1,246 @@
+"""Trials under random multiples, and what hindsight makes of them: effects with known answers, no effect, no trust far away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lbw_rl.envs.fleet import FleetShape
+from lbw_rl.envs.interface import DEFAULT_AUTHORITY
+from lbw_rl.envs.mixture import ProxyKind
+from lbw_rl.envs.proxy_runs import BatchShape
+from lbw_rl.features import FEATURES
+from lbw_rl.training_runs import hindsight, policy_training
+from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
+from lbw_rl.training_runs.freeze import train_and_freeze
+from lbw_rl.training_runs.hindsight import Hindsight, Trials, gather, learn
+from lbw_rl.training_runs.policy_training import TRIALS_FILE, PPOSettings, TrainingResult, train
+
+TINY = ProxyKind(
+    shape=FleetShape(vocab=16, width=8, heads=1, ffn=8),
+    batch=BatchShape(sequences=2, length=4, held_out=2),
+    horizon=(40, 56),
+)
+N = len(FEATURES)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that do not ask how good the actor is."""
+    monkeypatch.setattr(hindsight, "_STEPS", 50)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# -- the fit -----------------------------------------------------------------------------------------
+
+
+def trials(effect: float, noise: float = 0.05, runs: int = 500) -> Trials:
+    """gain = 0.1·x₁ + effect·(x₀·u₀ − u₀²/2) + noise: the best u₀ is x₀, and u₁ has no effect."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3 * runs, N)).astype(np.float32)
+    u = rng.uniform(-1, 1, (3 * runs, 2)).astype(np.float32)
+    gains = 0.1 * x[:, 1] + effect * (x[:, 0] * u[:, 0] - u[:, 0] ** 2 / 2) + noise * rng.normal(size=3 * runs)
+    return Trials(x, u, gains.astype(np.float64), np.repeat(np.arange(runs), 3), x)
+
+
+def actions(found: Hindsight, x: np.ndarray) -> np.ndarray:
+    return found.actor((x - found.mean) / found.std)
+
+
+def test_hindsight_finds_the_action_that_pays_where_it_pays() -> None:
+    found = learn(trials(effect=0.2), seed=0)
+    x = np.random.default_rng(1).normal(size=(500, N)).astype(np.float32)
+    u = actions(found, x)
+    best = x[:, 0].clip(-1, 1)
+    assert np.corrcoef(u[:, 0], best)[0, 1] > 0.9
+    assert np.abs(u[:, 0] - best).mean() < 0.25
+    assert np.abs(u[:, 1]).mean() < 0.1
+    assert found.report["runs"] == 500
+    assert len(found.report["fits"]) == 10
+    for fit in found.report["fits"]:
+        assert fit["slope"] == pytest.approx(1.0, abs=0.25)
+        assert fit["loss"] < 0.7 * fit["loss_without_effects"]
+
+
+def test_where_there_is_no_effect_the_rule_is_left_alone() -> None:
+    found = learn(trials(effect=0.0), seed=0)
+    x = np.random.default_rng(1).normal(size=(500, N)).astype(np.float32)
+    assert np.abs(actions(found, x)).mean() < 0.15
+
+
+def test_the_farther_from_the_trials_the_less_it_dares() -> None:
+    """What lies far away in features that had no effect: the fits part, and none of them can vouch for it."""
+    found = learn(trials(effect=0.1, noise=0.1, runs=300), seed=0)
+    x = np.random.default_rng(1).normal(size=(500, N)).astype(np.float32)
+    near, far = x.copy(), x.copy()
+    far[:, 2:] *= 4.0
+    assert np.abs(actions(found, far)[:, 0]).mean() < 0.8 * np.abs(actions(found, near)[:, 0]).mean()
+
+
+@pytest.mark.usefixtures("hasty")
+def test_hindsight_is_the_same_for_the_same_seed() -> None:
+    one, other, another = (learn(trials(0.2, runs=20), seed, epochs=2) for seed in (3, 3, 4))
+    for a, b, c in zip(one.actor.layers, other.actor.layers, another.actor.layers, strict=True):
+        assert np.array_equal(a[0], b[0])
+        assert not np.array_equal(a[0], c[0])
+
+
+def test_too_few_runs_are_refused() -> None:
+    with pytest.raises(ValueError, match="trials: 4 finished runs are too few"):
+        learn(trials(0.1, runs=4), seed=0)
+
+
+# -- gathering ---------------------------------------------------------------------------------------
+
+
+def fleet(n: int = 6) -> FleetVecEnv:
+    return FleetVecEnv([TINY.fleet(n, authority=DEFAULT_AUTHORITY, decide_every=4, base_run=True, rule="lbw-guard")])
+
+
+class Watched(FleetVecEnv):
+    """Remembers what was done, and what came back."""
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.__dict__.setdefault("done", []).append(actions)
+        super().step_async(actions)
+
+    def step_wait(self):  # type: ignore[no-untyped-def]
+        result = super().step_wait()
+        self.__dict__.setdefault("ends", []).append([info.get("episode") for info in result[3]])
+        return result
+
+
+def test_trials_hold_what_was_executed_and_how_the_runs_ended() -> None:
+    env = Watched(fleet().environments)
+    told: list[tuple[int, float]] = []
+    found = gather(env, 6 * 40, seed=5, progress=lambda done, gain: told.append((done, gain)))
+    assert told[-1][0] == 6 * 40
+    assert (np.stack(env.done)[0] == 0.0).all()  # type: ignore[attr-defined]
+    by_run: list[list[np.ndarray]] = []
+    gains = []
+    under_way: list[list[np.ndarray]] = [[] for _ in range(6)]
+    for taken, ends in zip(env.done, env.ends, strict=True):  # type: ignore[attr-defined]
+        for i in range(6):
+            under_way[i].append(taken[i])
+            if ends[i] is not None:
+                by_run.append(under_way[i])
+                gains.append(ends[i]["r"])
+                under_way[i] = []
+    assert len(by_run) == found.runs.max() + 1
+    assert len(by_run) > 12
+    for run, executed in enumerate(by_run):
+        mine = found.runs == run
+        assert (executed[0] == 0.0).all()
+        stretches = [u for i, u in enumerate(executed[1:]) if i == 0 or (u != executed[i]).any()]
+        assert np.array_equal(np.array(stretches), found.actions[mine])
+        assert found.gains[mine] == pytest.approx(gains[run])
+        assert 1 <= mine.sum() <= 3
+    assert len(found.met) == 6 * 40
+    assert np.abs(found.actions).max() <= 1.0
+
+
+def test_trials_come_back_from_their_file_and_from_no_other_training(tmp_path: Path) -> None:
+    found = gather(fleet(), 6 * 30, seed=5)
+    found.save(tmp_path / "trials.npz", {"seed": 5})
+    again = Trials.load(tmp_path / "trials.npz", {"seed": 5})
+    for name in Trials.__slots__:
+        assert np.array_equal(getattr(found, name), getattr(again, name))
+    with pytest.raises(ValueError, match=r"trials\.npz: is of another training: seed differ"):
+        Trials.load(tmp_path / "trials.npz", {"seed": 6})
+    both = Trials.joined([found, again])
+    assert both.runs.max() + 1 == 2 * (found.runs.max() + 1)
+    assert len(both) == 2 * len(found)
+    assert len(both.met) == 2 * len(found.met)
+
+
+# -- within a training -------------------------------------------------------------------------------
+
+SHORT = PPOSettings(n_steps=4, batch_size=12, n_epochs=1, rollouts_per_segment=2)
+
+
+def short(out: Path, decisions: int = 0, **options: object) -> TrainingResult:
+    arguments = {"settings": SHORT, "mixture": ((TINY, 6),), "rule": "lbw-guard", "trials": 400, **options}
+    return train(decisions, 3, out, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_training_that_died_among_its_trials_resumes_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_training, "TRIALS_PER_PART", 200)
+    whole = short(tmp_path / "whole")
+    assert whole.provenance["trials"] == 400
+    assert whole.provenance["hindsight"]["runs"] >= 5
+
+    class Killed(Exception):
+        pass
+
+    def die(record: dict[str, float]) -> None:
+        if record["decisions"] > 300:
+            raise Killed
+
+    with pytest.raises(Killed):
+        short(tmp_path / "died", progress=die)
+    assert [p.name for p in (tmp_path / "died").glob("*.npz")] == [TRIALS_FILE.format(0)]
+    seen: list[float] = []
+    again = short(tmp_path / "died", resume=True, progress=lambda record: seen.append(record["decisions"]))
+    assert min(seen) > 200  # the first part is not run again
+    for a, b in zip(whole.actor.layers, again.actor.layers, strict=True):
+        assert np.array_equal(a[0], b[0])
+        assert np.array_equal(a[1], b[1])
+    with pytest.raises(ValueError, match="is of another training: decide_every differ"):
+        short(tmp_path / "died", resume=True, decide_every=2)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_ppo_begins_with_what_hindsight_told(tmp_path: Path) -> None:
+    """At a rate of nothing it ends with that, too; and its critic and normaliser are its own."""
+    alone = short(tmp_path / "alone")
+    both = short(tmp_path / "both", decisions=48, settings=replace(SHORT, learning_rate=1e-12))
+    x = np.random.default_rng(0).normal(size=(50, N))
+    ours, theirs = ((x - r.mean) / r.std for r in (alone, both))
+    assert alone.actor(ours) == pytest.approx(both.actor(theirs), abs=1e-4)
+    assert (both.decisions, alone.decisions) == (48, 0)
+    assert not np.array_equal(both.mean, alone.mean)
+    moved = short(tmp_path / "moved", decisions=48)
+    assert moved.actor((x - moved.mean) / moved.std) != pytest.approx(alone.actor(ours), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trials": 0}, "decisions=0, trials=0: none may be negative, and one must be at least 1"),
+        ({"trials": -1, "decisions": 5}, "trials=-1"),
+        ({"rule": None}, "trials=400 without a rule"),
+    ],
+)
+def test_a_training_of_nothing_is_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        short(tmp_path, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_the_card_says_how_it_was_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lbw_rl.training_runs import freeze
+
+    monkeypatch.setitem(freeze.mixture_named.__globals__["MIXTURES"], "tiny", ((TINY, 6),))
+    found = train_and_freeze(
+        tmp_path, decisions=0, trials=300, rule="lbw-guard", mixture="tiny", settings=SHORT, proxies=4
+    )
+    card = (tmp_path / "CARD.md").read_text(encoding="utf-8")
+    assert "Learned in hindsight from 300 decisions of trials under random multiples." in card
+    assert "**Training data.** 300 decisions" in card
+    assert found["decisions"] == 0
+    assert not list(tmp_path.glob("*.npz"))

@@ -1,0 +1,318 @@
+"""What multiples of a rule were worth, told by whole runs: trials at random, a fit of their effects, and the actor that follows.
+
+PPO has to find out of the noise of its own exploration, decision by decision, what a multiple does to the end of a run. Held for
+a good part of a run instead, and drawn at random, a multiple shows its effect in the run's final gain itself, whatever else went
+on. What was observed before it was drawn cannot be its consequence, so that a fit over many runs of
+
+    gain = V(x) + α(x)·u − β(x)·u²,    β ≥ 0, one α and β per action
+
+gives the causal effect of u where x was observed. (Randomised stretches as in micro-randomised trials, Klasnja et al. 2015.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import huber_loss, softplus
+
+from lbw_rl.features import FEATURES
+from lbw_rl.training_runs.actor import Actor, FloatArray
+from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
+
+_PROGRESS = list(FEATURES).index("progress")
+_ACTIONS = 2
+_LARGEST_GAIN = 0.5  # nats: what a run that diverged lost says no more than that it was too much
+_STD_FLOOR = 0.1
+_FOLDS, _REPETITIONS = 5, 2
+_HIDDEN = 16
+_STEPS = 4000  # of the actor's fit
+_NEARBY = (0.5, 1.5)  # deviations by which observations are moved to make up some that no trial met
+
+
+@dataclass(frozen=True, slots=True)
+class Trials:
+    """S stretches of runs, each under multiples drawn for it, and D observations met on the way.
+
+    Attributes:
+        observations: when a stretch began, shape (S, features).
+        actions: held through it, shape (S, 2).
+        gains: final held-out gain of its run over the base run, nats per token, shape (S,).
+        runs: index of its run, shape (S,).
+        met: observations at all decisions, shape (D, features).
+    """
+
+    observations: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    gains: FloatArray
+    runs: NDArray[np.int64]
+    met: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.gains)
+
+    def save(self, path: Path, provenance: dict[str, Any]) -> None:
+        """Writes an .npz file, whole or not at all."""
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as file:
+            arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+            np.savez_compressed(file, provenance=json.dumps(provenance), **arrays)
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, provenance: dict[str, Any]) -> Trials:
+        """Reads `save`'s file; nothing in it is code.
+
+        Raises:
+            ValueError: it is of another training.
+        """
+        with np.load(path, allow_pickle=False) as data:
+            theirs = json.loads(str(data["provenance"]))
+            if theirs != provenance:
+                different = [k for k in provenance if provenance[k] != theirs.get(k)] or ["keys"]
+                raise ValueError(
+                    f"{path}: is of another training: {', '.join(different)} differ; accepted: the same arguments"
+                )
+            return cls(**{f.name: data[f.name] for f in fields(cls)})
+
+    @classmethod
+    def joined(cls, parts: Sequence[Trials]) -> Trials:
+        """All of several, with runs counted on."""
+        first = np.cumsum([0, *(int(part.runs.max(initial=-1)) + 1 for part in parts)])
+        runs = [part.runs + offset for part, offset in zip(parts, first)]
+        arrays = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)}
+        return cls(**{**arrays, "runs": np.concatenate(runs)})
+
+
+class _Trial:
+    """One run: neutral at its first decision, of which nothing is measured yet, then three stretches."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        first = rng.uniform(0.1, 0.5)
+        self._ends = (first, rng.uniform(first + 0.1, 0.9))
+        self._multiples = rng.uniform(-1.0, 1.0, (3, _ACTIONS)).astype(np.float32)
+        # Towards the ends of the reach, where there is more to see of the learning rate's effect.
+        self._multiples[:, 0] = np.sign(self._multiples[:, 0]) * np.sqrt(np.abs(self._multiples[:, 0]))
+        self._begun = False
+        self.starts: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+
+    def action(self, observation: NDArray[np.float32]) -> NDArray[np.float32]:
+        if not self._begun:
+            self._begun = True
+            return np.zeros(_ACTIONS, dtype=np.float32)
+        progress = (observation[_PROGRESS] + 1) / 2
+        stretch = sum(bool(progress >= end) for end in self._ends)
+        return self.starts.setdefault(stretch, (observation.copy(), self._multiples[stretch]))[1]
+
+
+def gather(env: FleetVecEnv, decisions: int, seed: int, progress: Callable[[int, float], None] | None = None) -> Trials:
+    """Runs trials; those that are under way at the end are left out.
+
+    Args:
+        env: whose returns are final gains over base runs under the rule.
+        decisions: at least so many, over all runs.
+        seed: of tasks and multiples.
+        progress: told, after every decision of all runs, how many were done and the mean gain so far (NaN at first).
+    """
+    rng = np.random.default_rng([seed, 1])
+    env.seed(seed)
+    observations: NDArray[np.float32] = env.reset()
+    trials = [_Trial(rng) for _ in range(env.num_envs)]
+    starts: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+    gains: list[float] = []
+    runs: list[int] = []
+    met = []
+    done, finished_runs = 0, 0
+    while done < decisions:
+        met.append(observations)
+        actions = np.stack([trial.action(x) for trial, x in zip(trials, observations, strict=True)])
+        step: tuple[Any, ...] = env.step(actions)
+        observations, _, finished, infos = step
+        done += env.num_envs
+        for i in np.flatnonzero(finished):
+            ended = list(trials[i].starts.values())
+            starts += ended
+            gains += [infos[i]["episode"]["r"]] * len(ended)
+            runs += [finished_runs] * len(ended)
+            finished_runs += 1
+            trials[i] = _Trial(rng)
+        if progress is not None:
+            progress(done, float(np.mean(gains)) if gains else float("nan"))
+    features = len(FEATURES)
+    return Trials(
+        observations=np.array([x for x, _ in starts], dtype=np.float32).reshape(-1, features),
+        actions=np.array([u for _, u in starts], dtype=np.float32).reshape(-1, _ACTIONS),
+        gains=np.array(gains, dtype=np.float64),
+        runs=np.array(runs, dtype=np.int64),
+        met=np.concatenate(met).astype(np.float32),
+    )
+
+
+class _Effects(nn.Module):
+    """V, α and β of normalised observations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.effect = _network(_HIDDEN, 1), _network(_HIDDEN, 2 * _ACTIONS)
+        last = self.effect[-1]
+        assert isinstance(last, nn.Linear)
+        with torch.no_grad():
+            last.bias[_ACTIONS:] = -4.0  # β begins at 0.02: nearly straight
+
+    def of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """α and β, shape (n, 2) each."""
+        out = self.effect(x)
+        return out[:, :_ACTIONS], softplus(out[:, _ACTIONS:])
+
+    def forward(self, x: Tensor, u: Tensor) -> Tensor:
+        alpha, beta = self.of(x)
+        return self.value(x)[:, 0] + (alpha * u - beta * u * u).sum(1)
+
+
+def _network(hidden: int, outputs: int) -> nn.Sequential:
+    layers = [nn.Linear(len(FEATURES), hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh()]
+    last = nn.Linear(hidden, outputs)
+    with torch.no_grad():
+        last.weight.mul_(0.1)
+        last.bias.zero_()
+    return nn.Sequential(*layers, last)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hindsight:
+    """What trials told.
+
+    Attributes:
+        actor: of normalised observations, (observation − mean) / std.
+        mean: of the observations at the beginning of stretches, shape (features,).
+        std: their standard deviation, at least 0.1, shape (features,).
+        report: JSON data: `runs`, `stretches`; of each fit on the runs that it was not fitted to the `loss` (Huber, of the
+            gain), the `loss_without_effects`, and the `slope` of what the effects left to explain on the effects that were
+            foretold, with its standard error: 1 where they are as large as foretold, 0 where there are none.
+    """
+
+    actor: Actor
+    mean: FloatArray
+    std: FloatArray
+    report: dict[str, Any]
+
+
+def learn(
+    trials: Trials, seed: int, hidden: Sequence[int] = (32, 32), caution: float = 1.0, epochs: int = 60
+) -> Hindsight:
+    """Fits the effects several times over, each on four fifths of the runs, and an actor to what all fits vouch for.
+
+    The actor takes, for each action, the u of the largest (mean − `caution` · standard deviation over the fits) of α·u − β·u²: none
+    where they do not agree that it gains. It is fitted to that on the observations that were met, and on as many moved away
+    from them, where the fits part and it learns to leave a run to the rule.
+
+    Args:
+        trials: of at least five runs.
+        seed: of the fits.
+        hidden: widths of the actor's layers, tanh.
+        caution: standard deviations.
+        epochs: passes over the trials; of them the best on the runs left out is kept.
+
+    Raises:
+        ValueError: fewer than five runs.
+    """
+    count = int(trials.runs.max(initial=-1)) + 1
+    if count < _FOLDS:
+        raise ValueError(f"trials: {count} finished runs are too few to learn from; needed: at least {_FOLDS}")
+    generator = torch.Generator().manual_seed(seed)
+    mean = trials.observations.mean(0).astype(np.float64)
+    std = np.maximum(_STD_FLOOR, trials.observations.std(0).astype(np.float64))
+    x = torch.from_numpy(((trials.observations - mean) / std).astype(np.float32))
+    u = torch.from_numpy(trials.actions)
+    gains = torch.from_numpy(trials.gains.clip(-_LARGEST_GAIN, _LARGEST_GAIN).astype(np.float32))
+    fits, reports = [], []
+    for repetition in range(_REPETITIONS):
+        fold = np.empty(count, dtype=np.int64)
+        fold[np.random.default_rng([seed, repetition]).permutation(count)] = np.arange(count) % _FOLDS
+        for k in range(_FOLDS):
+            left_out = torch.from_numpy(fold[trials.runs] == k)
+            effects, found = _fit(x, u, gains, left_out, epochs, generator)
+            fits.append(effects)
+            reports.append(found)
+    met = torch.from_numpy(((trials.met - mean) / std).astype(np.float32))
+    near = torch.cat([met, *(met + d * torch.randn(met.shape, generator=generator) for d in _NEARBY)])
+    actor = _imitate(near, _vouched_for(fits, near, caution), hidden, generator)
+    return Hindsight(actor=actor, mean=mean, std=std, report={"runs": count, "stretches": len(trials), "fits": reports})
+
+
+def _fit(
+    x: Tensor, u: Tensor, gains: Tensor, left_out: Tensor, epochs: int, generator: torch.Generator
+) -> tuple[_Effects, dict[str, float]]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        net = _Effects()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.1)
+    known, best, kept = torch.nonzero(~left_out)[:, 0], float("inf"), net.state_dict()
+    xt, ut, gt = x[left_out], u[left_out], gains[left_out]
+    for _ in range(epochs):
+        for batch in known[torch.randperm(len(known), generator=generator)].split(128):
+            loss = huber_loss(net(x[batch], u[batch]), gains[batch], delta=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            now = float(huber_loss(net(xt, ut), gt, delta=0.1))
+        if now < best:
+            best, kept = now, {name: value.clone() for name, value in net.state_dict().items()}
+    net.load_state_dict(kept)
+    with torch.no_grad():
+        value = net.value(xt)[:, 0]
+        foretold = net(xt, ut) - value
+        left, centred = gt - value, foretold - foretold.mean()
+        size = float(centred.square().sum())
+        found = {
+            "loss": best,
+            "loss_without_effects": float(huber_loss(value, gt, delta=0.1)),
+            "slope": float((centred * left).sum()) / size if size else 0.0,
+            "slope_error": float(left.std()) / size**0.5 if size else 0.0,
+        }
+    return net, found
+
+
+def _vouched_for(fits: Sequence[_Effects], x: Tensor, caution: float) -> Tensor:
+    """The actions that the fits agree on, shape (n, 2)."""
+    with torch.no_grad():
+        alpha, beta = (torch.stack(part) for part in zip(*(fit.of(x) for fit in fits), strict=True))
+    best, chosen = torch.zeros(len(x), _ACTIONS), torch.zeros(len(x), _ACTIONS)
+    for position in torch.linspace(-1.0, 1.0, 21):
+        worth = alpha * position - beta * position**2
+        sure = worth.mean(0) - caution * worth.std(0)
+        better = sure > best
+        best, chosen = torch.where(better, sure, best), torch.where(better, position, chosen)
+    return chosen
+
+
+def _imitate(x: Tensor, actions: Tensor, hidden: Sequence[int], generator: torch.Generator) -> Actor:
+    """A tanh network that gives `actions` at `x`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        sizes = [x.shape[1], *hidden]
+        layers: list[nn.Module] = []
+        for i, o in pairwise(sizes):
+            layers += [nn.Linear(i, o), nn.Tanh()]
+        net = nn.Sequential(*layers, nn.Linear(sizes[-1], _ACTIONS))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, _STEPS)
+    for _ in range(_STEPS):
+        batch = torch.randint(len(x), (1024,), generator=generator)
+        loss = (net(x[batch]).clamp(-1.2, 1.2) - actions[batch]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return Actor(
+        [(m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy()) for m in net if isinstance(m, nn.Linear)]
+    )
