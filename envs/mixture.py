@@ -66,6 +66,7 @@ Mixture = Sequence[tuple[ProxyKind, int]]
 
 _WIDER = FleetShape(vocab=256, width=64, heads=4, ffn=128)
 _DEEPER = replace(_WIDER, vocab=512, layers=3, ffn=176)
+_TWO_LAYERS = replace(_WIDER, vocab=1024, layers=2)
 _STEEP = replace(WIDE, init_scale=(0.5, 4.0))
 """Initial weights up to four times as large: as steep as models of real width, at the price of the default proxy."""
 _FRESH = replace(WIDE, init_scale=(1.0, 1.0))
@@ -83,10 +84,12 @@ MIXTURES: dict[str, Mixture] = {
     "plain": ((ProxyKind(), 32), (ProxyKind(), 32)),
     "broad": tuple(zip(_SYNTHETIC, (16, 12, 12, 8, 16), strict=True)),
     "tokens": (
-        *zip(_SYNTHETIC, (10, 6, 8, 6, 6), strict=True),
-        # A real text, where more than the rule's level costs the most. Few of the deeper kind: one takes as long as ten of the first.
+        *zip(_SYNTHETIC, (8, 4, 5, 3, 6), strict=True),
+        # A real text, where more than the rule's level costs the most, and vocabularies up to that of real recipes here.
         (ProxyKind(shape=FleetShape(vocab=512), batch=BatchShape(8, 24, 8), horizon=(64, 384), corpora=_TOKENS), 8),
         (ProxyKind(shape=_DEEPER, batch=BatchShape(8, 24, 8), horizon=(128, 320), corpora=_TOKENS), 4),
+        (ProxyKind(shape=FleetShape(vocab=1024), batch=BatchShape(8, 48, 8), horizon=(96, 256), corpora=_TOKENS), 6),
+        (ProxyKind(shape=_TWO_LAYERS, batch=BatchShape(8, 32, 8), horizon=(128, 320), corpora=_TOKENS), 4),
     ),
 }
 """Name → mixture. "plain" is what scales are learned on: the default proxy. "broad" is what multiples of a rule are
