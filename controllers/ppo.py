@@ -35,13 +35,14 @@ def newest_pretrained() -> Path:
 
 
 class FrozenPolicy(Controller):
-    """A policy learned with PPO on proxies, run deterministically at its mean action.
+    """A policy learned on proxies, run deterministically at its mean action.
 
     Its two outputs in [-1, 1] map log-linearly onto the authority that it was trained under, or onto multiples of what
     a rule proposes (`lbw_rl.steering`); the governor's own authority then clips them like any other controller's. A rule acts at
-    every step, and the multiples hold for as many as the policy was trained to decide for. Features far outside the training distribution are
-    counted, and past a stated rate the header's rule-based fallback takes over for good. It governs from the start where the
-    run is of a kind that can be told beforehand and that training had none of: low-rank adapters.
+    every step, and the multiples hold for as many as the policy was trained to decide for. Features far outside the
+    training distribution are counted, and past a stated rate the header's rule-based fallback takes over for good. It
+    governs from the start where the run is of a kind that can be told beforehand and that training had none of: low-rank
+    adapters.
 
     Args:
         folder: a frozen policy; None takes the newest shipped one.

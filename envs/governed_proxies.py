@@ -52,7 +52,7 @@ class GovernedProxies:
         self._pace = decide_every if one is None else one.decide_every or 1  # steps between two looks at the runs
         if decide_every % self._pace:
             raise ValueError(
-                f"decide_every: {decide_every} is no multiple of the {self._pace} steps that {one} decides at"
+                f"decide_every: {decide_every} is no multiple of the {self._pace} steps that {one.name} decides at"
             )
         self._units: NDArray[np.floating] | None = None
         self._proposals = [Action() for _ in range(n)]

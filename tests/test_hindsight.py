@@ -223,7 +223,7 @@ def test_ppo_begins_with_what_hindsight_told(tmp_path: Path) -> None:
     [
         ({"trials": 0}, "decisions=0, trials=0: none may be negative, and one must be at least 1"),
         ({"trials": -1, "decisions": 5}, "trials=-1"),
-        ({"rule": None}, "trials=400 without a rule"),
+        ({"rule": None}, "trials=400 need a rule"),
     ],
 )
 def test_a_training_of_nothing_is_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:

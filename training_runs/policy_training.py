@@ -111,7 +111,7 @@ def train(
     if decisions < 0 or trials < 0 or decisions + trials < 1:
         raise ValueError(f"decisions={decisions}, trials={trials}: none may be negative, and one must be at least 1")
     if trials and rule is None:
-        raise ValueError(f"trials={trials} without a rule: what is tried are multiples of what a rule proposes")
+        raise ValueError(f"trials={trials} need a rule (--rule): what is tried are multiples of what a rule proposes")
     settings = settings or (STEERING if rule is not None else PPOSettings())
     if decide_every is None:
         decide_every = 2 if rule is None else 4
