@@ -50,7 +50,7 @@ class GovernedProxies:
         one = None if rule is None else load_controller(rule)
         self._rules: list[Controller] | None = None if one is None else [copy.deepcopy(one) for _ in range(n)]
         self._pace = decide_every if one is None else one.decide_every or 1  # steps between two looks at the runs
-        if decide_every % self._pace:
+        if one is not None and decide_every % self._pace:
             raise ValueError(
                 f"decide_every: {decide_every} is no multiple of the {self._pace} steps that {one.name} decides at"
             )
