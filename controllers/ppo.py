@@ -38,8 +38,8 @@ class FrozenPolicy(Controller):
     """A policy learned on proxies, run deterministically at its mean action.
 
     Its two outputs in [-1, 1] map log-linearly onto the authority that it was trained under, or onto multiples of what
-    a rule proposes (`lbw_rl.steering`); the governor's own authority then clips them like any other controller's. A rule acts at
-    every step, and the multiples hold for as many as the policy was trained to decide for. Features far outside the
+    a rule proposes (`lbw_rl.steering`); the governor's own authority then clips them like any other controller's. A rule acts at its
+    own pace, and the multiples hold for as many steps as the policy was trained to decide for. Features far outside the
     training distribution are counted, and past a stated rate the header's rule-based fallback takes over for good. It
     governs from the start where the run is of a kind that can be told beforehand and that training had none of: low-rank
     adapters.
@@ -51,7 +51,7 @@ class FrozenPolicy(Controller):
 
     Raises:
         PolicyError (a `ValueError`): the folder is missing, damaged, or of another schema version.
-        ValueError: `blind_to` names no feature, or `every` below 1.
+        ValueError: `blind_to` names no feature, or `every` is below 1 or no multiple of the rule's pace.
     """
 
     name = "ppo"
@@ -69,7 +69,11 @@ class FrozenPolicy(Controller):
         if self._every < 1:
             raise ValueError(f"ppo.every: {every} must be at least 1")
         self._steers = self.policy.header.relative_to != "schedule"
-        self.decide_every = 1 if self._steers else self._every
+        self.decide_every = (self.policy.header.rule_every if self._steers else None) or self._every
+        if self._every % self.decide_every:
+            raise ValueError(
+                f"ppo.every: {self._every} is no multiple of the {self.decide_every} steps that its rule acts at"
+            )
         self._fallback = load_controller(self.policy.header.fallback.controller)
         self.reset(Context(decide_every=self.decide_every))
 
@@ -93,8 +97,7 @@ class FrozenPolicy(Controller):
         self._proposed = rule.lr_scale
         if self._held == 0:
             self._look(seen)
-        if self._steers:
-            self._held = (self._held + 1) % self._every
+        self._held = (self._held + 1) % (self._every // self.decide_every)
         if self._fallen_back:
             return rule
         evidence = {

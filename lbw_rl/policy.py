@@ -76,6 +76,11 @@ class PolicyHeader(BaseModel):
         description="what the two outputs in [-1, 1] stand for: 'schedule', positions within the authority's ranges; or the "
         "name of a rule, multiples of its lr_scale and momentum_scale",
     )
+    rule_every: int | None = Field(
+        None,
+        ge=1,
+        description="optimizer steps between two decisions of that rule; null: as many as between two of the policy's own",
+    )
     reach: tuple[float, float] = Field(
         REACH,
         description="largest multiples of a rule's lr_scale and momentum_scale, the smallest being their inverses",
@@ -156,7 +161,7 @@ def save_policy(
         authority, decide_every: what it was trained under.
         provenance: JSON data on seeds, tasks and versions.
         card: text of CARD.md.
-        rule: name of the controller that its actions are relative to; it is then the fallback as well.
+        rule: name of the controller that its actions are relative to, which acts at every step; it is then the fallback as well.
 
     Raises:
         PolicyError: the layers do not fit the features or hold a non-finite value.
@@ -179,6 +184,7 @@ def save_policy(
         authority=authority,
         decide_every=decide_every,
         relative_to=rule or "schedule",
+        rule_every=None if rule is None else 1,
         fallback=Fallback() if rule is None else Fallback(controller=rule),
         provenance=provenance,
         weights_sha256=hashlib.sha256(weights).hexdigest(),

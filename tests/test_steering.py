@@ -136,6 +136,18 @@ def test_the_rule_acts_at_every_step_and_the_multiples_hold_for_theirs(tmp_path)
     assert len(set(held[:, 0].round(6))) > 1
 
 
+def test_a_rule_keeps_the_pace_that_the_policy_was_trained_with(tmp_path):
+    """Policies of before `rule_every` decided when their rule did; one of them fares worse with another pace beneath it."""
+    folder = frozen(tmp_path / "policy", (0.3, 0.0), every=2)
+    header = json.loads((folder / "policy.json").read_text())
+    assert header.pop("rule_every") == 1
+    (folder / "policy.json").write_text(json.dumps(header))
+    assert load_controller(folder).decide_every == 2
+    (folder / "policy.json").write_text(json.dumps(header | {"rule_every": 3}))
+    with pytest.raises(ValueError, match=r"ppo\.every: 2 is no multiple of the 3 steps that its rule acts at"):
+        load_controller(folder)
+
+
 @pytest.mark.parametrize("reach", [(0.5, 1.25), (math.inf, 1.25), (2.0, math.nan)])
 def test_a_reach_below_one_or_without_end_is_refused(tmp_path, reach):
     folder = frozen(tmp_path / "policy", (0.0, 0.0))
