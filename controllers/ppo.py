@@ -69,11 +69,10 @@ class FrozenPolicy(Controller):
         if self._every < 1:
             raise ValueError(f"ppo.every: {every} must be at least 1")
         self._steers = self.policy.header.relative_to != "schedule"
-        self.decide_every = (self.policy.header.rule_every if self._steers else None) or self._every
-        if self._every % self.decide_every:
-            raise ValueError(
-                f"ppo.every: {self._every} is no multiple of the {self.decide_every} steps that its rule acts at"
-            )
+        pace = (self.policy.header.rule_every if self._steers else None) or self._every
+        if self._every % pace:
+            raise ValueError(f"ppo.every: {self._every} is no multiple of the {pace} steps that its rule acts at")
+        self.decide_every, self._hold = pace, self._every // pace  # decisions of the rule to one of its own
         self._fallback = load_controller(self.policy.header.fallback.controller)
         self.reset(Context(decide_every=self.decide_every))
 
@@ -97,7 +96,7 @@ class FrozenPolicy(Controller):
         self._proposed = rule.lr_scale
         if self._held == 0:
             self._look(seen)
-        self._held = (self._held + 1) % (self._every // self.decide_every)
+        self._held = (self._held + 1) % self._hold
         if self._fallen_back:
             return rule
         evidence = {
