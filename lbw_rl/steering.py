@@ -10,7 +10,7 @@ from lbw_rl.action import Action, Directive, log_interpolate
 
 REACH = (2.0**0.5, 1.25)
 """Largest multiples, and 1 / smallest, of a rule's learning-rate scale and of its momentum scale. Twice a right update-to-weight ratio
-loses a run on real text 0.2 to 1.5 nats, √2 of it less than a tenth (docs/LOG.md, 2026-11-28)."""
+loses a run on real text 0.2 to 1.5 nats, √2 of it 0 to 0.2 (docs/LOG.md, 2026-11-28)."""
 
 
 def steered(proposal: Action, unit: Sequence[float], reach: Sequence[float] = REACH) -> Action:

@@ -214,7 +214,7 @@ BAD = {
     "train-policy: no folder": (["train-policy"], ["--out"]),
     "train-policy: no decisions": (
         ["train-policy", "--out", "{}/out", "--decisions", "0"],
-        ["--decisions and --trials are both 0", "at least 1"],
+        ["--decisions", "--trials", "at least 1"],
     ),
     "train-policy: trials of nothing": (
         ["train-policy", "--out", "{}/out", "--decisions", "0", "--trials", "1000"],

@@ -12,7 +12,7 @@ import torch
 
 from lbw_rl.envs.fleet import FleetShape
 from lbw_rl.envs.interface import DEFAULT_AUTHORITY
-from lbw_rl.envs.mixture import ProxyKind
+from lbw_rl.envs.mixture import MIXTURES, ProxyKind
 from lbw_rl.envs.proxy_runs import BatchShape
 from lbw_rl.features import FEATURES
 from lbw_rl.training_runs import hindsight, policy_training
@@ -221,7 +221,10 @@ def test_ppo_begins_with_what_hindsight_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"trials": 0}, "decisions=0, trials=0: none may be negative, and one must be at least 1"),
+        (
+            {"trials": 0},
+            r"decisions=0 \(--decisions\), trials=0 \(--trials\): none may be negative, and one must be at least 1",
+        ),
         ({"trials": -1, "decisions": 5}, "trials=-1"),
         ({"rule": None}, "trials=400 need a rule"),
     ],
@@ -233,9 +236,7 @@ def test_a_training_of_nothing_is_refused(tmp_path: Path, options: dict[str, obj
 
 @pytest.mark.usefixtures("hasty")
 def test_the_card_says_how_it_was_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lbw_rl.training_runs import freeze
-
-    monkeypatch.setitem(freeze.mixture_named.__globals__["MIXTURES"], "tiny", ((TINY, 6),))
+    monkeypatch.setitem(MIXTURES, "tiny", ((TINY, 6),))
     found = train_and_freeze(
         tmp_path, decisions=0, trials=300, rule="lbw-guard", mixture="tiny", settings=SHORT, proxies=4
     )

@@ -25,6 +25,8 @@ from lbw_rl.training_runs.workers import Backend
 
 UNTRAINED = "untrained"
 """Subfolder that holds the same network before training, frozen the same way: a control."""
+_PPO_NOTE = "return {return_mean:+.2f} clip {clip_fraction:.0%} entropy {entropy:+.2f}"
+_TRIALS_NOTE = "trials, gain {return_mean:+.2f}"
 
 
 class Meter(Protocol):
@@ -83,9 +85,9 @@ def train_and_freeze(
 
     def show(record: dict[str, float]) -> None:
         if meter is not None:
-            note = "return {return_mean:+.2f}" if "clip_fraction" in record else "trials, gain {return_mean:+.2f}"
-            note += " clip {clip_fraction:.0%} entropy {entropy:+.2f}" if "clip_fraction" in record else ""
-            meter.update(min(trials + decisions, int(record["decisions"])), trials + decisions, note.format(**record))
+            note = _PPO_NOTE if "clip_fraction" in record else _TRIALS_NOTE
+            total = trials + decisions
+            meter.update(min(total, int(record["decisions"])), total, note.format(**record))
 
     result = train(
         decisions,
@@ -199,10 +201,10 @@ def _freeze(folder: Path, result: TrainingResult, actor: Actor, provenance: dict
 
 def _how(provenance: dict[str, Any]) -> str:
     trials, decisions = provenance["trials"], provenance["trained_on_decisions"]
-    hindsight = f"learned in hindsight from {trials:,} decisions of trials under random multiples"
     if not trials:
         return "Learned with PPO on proxy runs."
-    return f"{hindsight.capitalize()}" + (f", then with PPO for {decisions:,} more." if decisions else ".")
+    then = f", then with PPO for {decisions:,} more" if decisions else ""
+    return f"Learned in hindsight from {trials:,} decisions of trials under random multiples{then}."
 
 
 def _card(provenance: dict[str, Any]) -> str:

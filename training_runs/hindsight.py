@@ -38,6 +38,13 @@ _STEPS = 4000  # of the actor's fit
 _NEARBY = (0.5, 1.5)  # deviations by which observations are moved to make up some that no trial met
 
 
+def refuse_another_training(path: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Raises a ValueError if what a file was made with is not what it would be made with now."""
+    if ours != theirs:
+        different = [name for name in ours if ours[name] != theirs.get(name)] or sorted(theirs.keys() - ours.keys())
+        raise ValueError(f"{path}: is of another training: {', '.join(different)} differ; accepted: the same arguments")
+
+
 @dataclass(frozen=True, slots=True)
 class Trials:
     """S stretches of runs, each under multiples drawn for it, and D observations met on the way.
@@ -75,12 +82,7 @@ class Trials:
             ValueError: it is of another training.
         """
         with np.load(path, allow_pickle=False) as data:
-            theirs = json.loads(str(data["provenance"]))
-            if theirs != provenance:
-                different = [k for k in provenance if provenance[k] != theirs.get(k)] or ["keys"]
-                raise ValueError(
-                    f"{path}: is of another training: {', '.join(different)} differ; accepted: the same arguments"
-                )
+            refuse_another_training(path, provenance, json.loads(str(data["provenance"])))
             return cls(**{f.name: data[f.name] for f in fields(cls)})
 
     @classmethod

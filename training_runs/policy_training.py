@@ -12,7 +12,6 @@ import gymnasium
 import numpy as np
 import stable_baselines3
 import torch
-from numpy.random import SeedSequence
 from numpy.typing import NDArray
 
 from lbw_rl.authority import Authority
@@ -24,7 +23,7 @@ from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
 from lbw_rl.training_runs.fleets import fleets
 from lbw_rl.training_runs.hindsight import Hindsight, Trials, gather, learn
 from lbw_rl.training_runs.policy_evaluation import evaluate_actor
-from lbw_rl.training_runs.ppo_session import CHECKPOINT_FILE, CURVE_FILE, PPOSession, PPOSettings
+from lbw_rl.training_runs.ppo_session import CHECKPOINT_FILE, CURVE_FILE, PPOSession, PPOSettings, stream
 from lbw_rl.training_runs.training_monitor import Progress
 from lbw_rl.training_runs.workers import Backend
 
@@ -34,7 +33,9 @@ __all__ = ["CHECKPOINT_FILE", "CURVE_FILE", "STEERING", "PPOSettings", "Training
 STEERING = PPOSettings(log_std_init=-0.7, learning_rate=3e-3)
 """For multiples of a rule: half of their reach is not far, so that exploration may be wide (docs/LOG.md, 2026-11-28)."""
 TRIALS_PER_PART = 24_000
+"""Decisions: what a training that dies among its trials loses at most."""
 TRIALS_FILE = "trials-{}.npz"
+_TRIALS_STREAM = 2**20  # past the streams of PPO's segments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +94,8 @@ def train(
         seed: of tasks, weights and exploration.
         out: folder for the learning curve and the checkpoint.
         progress: called after every rollout with "decisions", "return_mean", "clip_fraction" (share of the actions
-            that lay outside [-1, 1] before clipping), "entropy", "diverged" and "eta_seconds".
+            that lay outside [-1, 1] before clipping), "entropy", "diverged" and "eta_seconds"; during trials after every
+            decision of all proxies, with "decisions" and, the mean gain so far, "return_mean" alone.
         settings: of PPO; default: `STEERING` with a rule, else those of `PPOSettings`.
         authority: bounds on the actions.
         decide_every: optimizer steps per decision; default: 4 with a rule, which itself acts at every step, else 2.
@@ -109,7 +111,9 @@ def train(
         ValueError: nothing to train on, trials without a rule, an unknown mixture, or a checkpoint of another training.
     """
     if decisions < 0 or trials < 0 or decisions + trials < 1:
-        raise ValueError(f"decisions={decisions}, trials={trials}: none may be negative, and one must be at least 1")
+        raise ValueError(
+            f"decisions={decisions} (--decisions), trials={trials} (--trials): none may be negative, and one must be at least 1"
+        )
     if trials and rule is None:
         raise ValueError(f"trials={trials} need a rule (--rule): what is tried are multiples of what a rule proposes")
     settings = settings or (STEERING if rule is not None else PPOSettings())
@@ -129,7 +133,10 @@ def train(
         with fleets(kinds, arguments, backend) as environments:
             env = FleetVecEnv(environments)
             provenance = _provenance(decisions, seed, settings, authority, decide_every, rule, name, kinds, trials)
-            hindsight = _hindsight(env, trials, seed, out, settings, provenance, progress, resume) if trials else None
+            hindsight = None
+            if trials:
+                tried = _trials(env, trials, seed, out, provenance, progress, resume)
+                hindsight = learn(tried, seed, settings.hidden_sizes)
             session = PPOSession(env, decisions, seed, out, settings, provenance, _counted_on(progress, trials))
             going_on = resume and session.resume()
             if hindsight is not None and not going_on:
@@ -141,17 +148,16 @@ def train(
         torch.set_num_threads(threads)
 
 
-def _hindsight(
+def _trials(
     env: FleetVecEnv,
     decisions: int,
     seed: int,
     out: Path,
-    settings: PPOSettings,
     provenance: dict[str, Any],
     progress: Progress | None,
     resume: bool,
-) -> Hindsight:
-    """Trials in parts, each of which is kept until the training is over, and what they tell."""
+) -> Trials:
+    """Trials in parts, each of which is kept until the training is over."""
     parts: list[Trials] = []
     for number, first in enumerate(range(0, decisions, TRIALS_PER_PART)):
         path = out / TRIALS_FILE.format(number)
@@ -164,9 +170,9 @@ def _hindsight(
                 progress({"decisions": float(first + done), "return_mean": gain})
 
         length = min(TRIALS_PER_PART, decisions - first)
-        parts.append(gather(env, length, int(SeedSequence([seed, 2**20 + number]).generate_state(1)[0] >> 1), tell))
+        parts.append(gather(env, length, stream(seed, _TRIALS_STREAM + number), tell))
         parts[-1].save(path, provenance)
-    return learn(Trials.joined(parts), seed, settings.hidden_sizes)
+    return Trials.joined(parts)
 
 
 def _counted_on(progress: Progress | None, trials: int) -> Progress | None:
@@ -211,7 +217,9 @@ def _provenance(
     from lbw_rl import __version__
 
     values = {
-        "algorithm": "PPO (stable-baselines3)",
+        "algorithm": " and ".join(
+            ["hindsight of trials"] * bool(trials) + ["PPO (stable-baselines3)"] * bool(decisions)
+        ),
         "seed": seed,
         "decisions": decisions,
         "trials": trials,

@@ -15,6 +15,7 @@ from stable_baselines3.common.utils import set_random_seed
 
 from lbw_rl.training_runs.actor import Actor, actor_of
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
+from lbw_rl.training_runs.hindsight import refuse_another_training
 from lbw_rl.training_runs.training_monitor import Progress, TrainingMonitor
 
 CURVE_FILE, CHECKPOINT_FILE = "learning_curve.jsonl", "checkpoint.pt"
@@ -74,7 +75,7 @@ class PPOSession:
         self.rollout = env.num_envs * settings.n_steps  # decisions
         self.rollouts = -(-decisions // self.rollout)
         self.segment = 0
-        set_random_seed(_stream(seed, 0))
+        set_random_seed(stream(seed, 0))
         self.model = PPO(
             "MlpPolicy",
             env,
@@ -124,8 +125,8 @@ class PPOSession:
         self.monitor.begin(self.decisions)
         while (left := self.planned - self.decisions) > 0:
             self.segment += 1
-            set_random_seed(_stream(self.seed, self.segment))
-            self.env.seed(_stream(self.seed, self.segment))
+            set_random_seed(stream(self.seed, self.segment))
+            self.env.seed(stream(self.seed, self.segment))
             self.model._last_obs = None  # makes `learn` reset the environments
             length = min(left, self.settings.rollouts_per_segment * self.rollout)
             self.monitor.begin_segment()
@@ -153,12 +154,8 @@ class PPOSession:
         if not path.exists():
             return False
         state = torch.load(path, weights_only=True)
-        ours, theirs = self.provenance, json.loads(state["provenance"])
-        if state["schema"] != CHECKPOINT_SCHEMA or ours != theirs:
-            different = [k for k in ours if ours[k] != theirs.get(k)] or ["schema"]
-            raise ValueError(
-                f"{path}: is of another training: {', '.join(different)} differ; accepted: the same arguments"
-            )
+        theirs = json.loads(state["provenance"])
+        refuse_another_training(path, self.provenance, theirs if state["schema"] == CHECKPOINT_SCHEMA else {})
         self.segment = state["segment"]
         self.model.num_timesteps = state["decisions"]
         self.model.policy.load_state_dict(state["policy"])
@@ -167,6 +164,6 @@ class PPOSession:
         return True
 
 
-def _stream(seed: int, segment: int) -> int:
+def stream(seed: int, segment: int) -> int:
     """A 31-bit seed for one segment of a training."""
     return int(SeedSequence([seed, segment]).generate_state(1)[0] >> 1)

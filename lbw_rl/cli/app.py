@@ -99,8 +99,6 @@ def train_policy(
     from lbw_rl.training_runs.freeze import train_and_freeze
     from lbw_rl.training_runs.workers import check_backend
 
-    if not decisions + trials:
-        raise ValueError("--decisions and --trials are both 0; accepted: at least 1 decision of either")
     where = check_backend(backend)
     with meter("training policy") as m:
         result = train_and_freeze(
