@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,13 @@ from lbw_rl.envs.interface import DEFAULT_AUTHORITY
 from lbw_rl.envs.mixture import MIXTURES, ProxyKind
 from lbw_rl.envs.proxy_runs import BatchShape
 from lbw_rl.features import FEATURES
-from lbw_rl.training_runs import hindsight, policy_training
+from lbw_rl.training_runs import hindsight, trials_stage
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
 from lbw_rl.training_runs.freeze import train_and_freeze
 from lbw_rl.training_runs.hindsight import Hindsight, Trials, gather, learn
-from lbw_rl.training_runs.policy_training import TRIALS_FILE, PPOSettings, TrainingResult, train
+from lbw_rl.training_runs.policy_evaluation import evaluate_actor
+from lbw_rl.training_runs.policy_training import CURVE_FILE, PPOSettings, TrainingResult, train
+from lbw_rl.training_runs.trials_stage import TRIALS_FILE
 
 TINY = ProxyKind(
     shape=FleetShape(vocab=16, width=8, heads=1, ffn=8),
@@ -56,7 +59,7 @@ def trials(effect: float, noise: float = 0.05, runs: int = 500) -> Trials:
 
 
 def actions(found: Hindsight, x: np.ndarray) -> np.ndarray:
-    return found.actor((x - found.mean) / found.std)
+    return found.act(x)
 
 
 def test_hindsight_finds_the_action_that_pays_where_it_pays() -> None:
@@ -171,7 +174,14 @@ SHORT = PPOSettings(n_steps=4, batch_size=12, n_epochs=1, rollouts_per_segment=2
 
 
 def short(out: Path, decisions: int = 0, **options: object) -> TrainingResult:
-    arguments = {"settings": SHORT, "mixture": ((TINY, 6),), "rule": "lbw-guard", "trials": 400, **options}
+    arguments = {
+        "settings": SHORT,
+        "mixture": ((TINY, 6),),
+        "rule": "lbw-guard",
+        "trials": 400,
+        "proxies": 2,
+        **options,
+    }
     return train(decisions, 3, out, **arguments)  # type: ignore[arg-type]
 
 
@@ -179,7 +189,7 @@ def short(out: Path, decisions: int = 0, **options: object) -> TrainingResult:
 def test_a_training_that_died_among_its_trials_resumes_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy_training, "TRIALS_PER_PART", 200)
+    monkeypatch.setattr(trials_stage, "TRIALS_PER_PART", 200)
     whole = short(tmp_path / "whole")
     assert whole.provenance["trials"] == 400
     assert whole.provenance["hindsight"]["runs"] >= 5
@@ -197,6 +207,16 @@ def test_a_training_that_died_among_its_trials_resumes_to_the_same_bits(
     seen: list[float] = []
     again = short(tmp_path / "died", resume=True, progress=lambda record: seen.append(record["decisions"]))
     assert min(seen) > 200  # the first part is not run again
+    curves = [(tmp_path / name / CURVE_FILE).read_text() for name in ("whole", "died")]
+    assert curves[0] == curves[1]
+    lines = [json.loads(line) for line in curves[0].splitlines()]
+    assert [line["decisions"] for line in lines] == [200, 400]
+    assert lines[0]["runs"] < lines[1]["runs"] == whole.provenance["hindsight"]["runs"]
+    fresh = evaluate_actor(
+        lambda x: whole.actor((x - whole.mean) / whole.std), 2, kinds=(TINY,),
+        authority=DEFAULT_AUTHORITY, decide_every=4, rule="lbw-guard",
+    )  # fmt: skip
+    assert lines[1]["gain"] == pytest.approx(fresh.summary()["gain"], abs=1e-6)
     for a, b in zip(whole.actor.layers, again.actor.layers, strict=True):
         assert np.array_equal(a[0], b[0])
         assert np.array_equal(a[1], b[1])
@@ -214,6 +234,8 @@ def test_ppo_begins_with_what_hindsight_told(tmp_path: Path) -> None:
     assert alone.actor(ours) == pytest.approx(both.actor(theirs), abs=1e-4)
     assert (both.decisions, alone.decisions) == (48, 0)
     assert not np.array_equal(both.mean, alone.mean)
+    curve = [json.loads(line)["decisions"] for line in (tmp_path / "both" / CURVE_FILE).read_text().splitlines()]
+    assert curve == [400, 424, 448]
     moved = short(tmp_path / "moved", decisions=48)
     assert moved.actor((x - moved.mean) / moved.std) != pytest.approx(alone.actor(ours), abs=1e-3)
 

@@ -16,11 +16,11 @@ from lbw_rl.training_runs.policy_evaluation import Act, evaluate_actor, neutral,
 from lbw_rl.training_runs.policy_training import (
     CHECKPOINT_FILE,
     CURVE_FILE,
-    TRIALS_FILE,
     PPOSettings,
     TrainingResult,
     train,
 )
+from lbw_rl.training_runs.trials_stage import TRIALS_FILE
 from lbw_rl.training_runs.workers import Backend
 
 UNTRAINED = "untrained"
@@ -100,6 +100,7 @@ def train_and_freeze(
         backend=backend,
         resume=resume,
         trials=trials,
+        proxies=proxies,
     )
     contenders: dict[str, Act] = {
         "trained": _on_raw(result, result.actor),

@@ -206,6 +206,10 @@ class Hindsight:
     std: FloatArray
     report: dict[str, Any]
 
+    def act(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Observations (n, features) → actions (n, 2)."""
+        return self.actor((observations - self.mean) / self.std)
+
 
 def learn(
     trials: Trials, seed: int, hidden: Sequence[int] = (32, 32), caution: float = 2.0, epochs: int = 60

@@ -21,10 +21,11 @@ from lbw_rl.features import FEATURE_SCHEMA, FEATURES
 from lbw_rl.training_runs.actor import Actor, actor_of
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
 from lbw_rl.training_runs.fleets import fleets
-from lbw_rl.training_runs.hindsight import Hindsight, Trials, gather, learn
+from lbw_rl.training_runs.hindsight import Hindsight
 from lbw_rl.training_runs.policy_evaluation import evaluate_actor
-from lbw_rl.training_runs.ppo_session import CHECKPOINT_FILE, CURVE_FILE, PPOSession, PPOSettings, stream
+from lbw_rl.training_runs.ppo_session import CHECKPOINT_FILE, CURVE_FILE, PPOSession, PPOSettings
 from lbw_rl.training_runs.training_monitor import Progress
+from lbw_rl.training_runs.trials_stage import learn_from_trials
 from lbw_rl.training_runs.workers import Backend
 
 __all__ = ["CHECKPOINT_FILE", "CURVE_FILE", "STEERING", "PPOSettings", "TrainingResult", "evaluate_actor", "train"]
@@ -32,10 +33,6 @@ __all__ = ["CHECKPOINT_FILE", "CURVE_FILE", "STEERING", "PPOSettings", "Training
 
 STEERING = PPOSettings(log_std_init=-0.7, learning_rate=3e-3)
 """For multiples of a rule: half of their reach is not far, so that exploration may be wide (docs/LOG.md, 2026-11-28)."""
-TRIALS_PER_PART = 24_000
-"""Decisions: what a training that dies among its trials loses at most."""
-TRIALS_FILE = "trials-{}.npz"
-_TRIALS_STREAM = 2**20  # past the streams of PPO's segments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +80,7 @@ def train(
     backend: Backend = "local",
     resume: bool = False,
     trials: int = 0,
+    proxies: int = 48,
 ) -> TrainingResult:
     """Trains a policy; same arguments, same bits.
 
@@ -92,7 +90,7 @@ def train(
     Args:
         decisions: of PPO, over all proxies; rounded up to whole rollouts. With `trials` there may be none.
         seed: of tasks, weights and exploration.
-        out: folder for the learning curve and the checkpoint.
+        out: folder for the learning curve, the trials and the checkpoint.
         progress: called after every rollout with "decisions", "return_mean", "clip_fraction" (share of the actions
             that lay outside [-1, 1] before clipping), "entropy", "diverged" and "eta_seconds"; during trials after every
             decision of all proxies, with "decisions" and, the mean gain so far, "return_mean" alone.
@@ -106,6 +104,7 @@ def train(
         backend: "local": every fleet in a thread; "ray": in a process of a Ray cluster. The policy is the same, bit for bit.
         resume: go on from the checkpoint and the trials in `out`, if there are any.
         trials: decisions of trials, over all proxies.
+        proxies: fresh ones on which what trials told is judged, along the learning curve.
 
     Raises:
         ValueError: nothing to train on, trials without a rule, an unknown mixture, or a checkpoint of another training.
@@ -127,6 +126,8 @@ def train(
         "base_run": settings.base_run or rule is not None,
         "rule": rule,
     }
+    if not resume:
+        (out / CURVE_FILE).unlink(missing_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each fleet has a thread of its own
     try:
@@ -135,9 +136,16 @@ def train(
             provenance = _provenance(decisions, seed, settings, authority, decide_every, rule, name, kinds, trials)
             hindsight = None
             if trials:
-                tried = _trials(env, trials, seed, out, provenance, progress, resume)
-                hindsight = learn(tried, seed, settings.hidden_sizes)
-            session = PPOSession(env, decisions, seed, out, settings, provenance, _counted_on(progress, trials))
+
+                def judge(found: Hindsight) -> dict[str, float]:
+                    once = tuple(dict.fromkeys(kind for kind, _ in kinds))
+                    options: dict[str, Any] = {"authority": authority, "decide_every": decide_every, "rule": rule}
+                    return evaluate_actor(found.act, proxies, kinds=once, **options).summary()
+
+                hindsight = learn_from_trials(
+                    env, trials, seed, out, settings.hidden_sizes, provenance, judge, progress, resume
+                )
+            session = PPOSession(env, decisions, seed, out, settings, provenance, progress, trials)
             going_on = resume and session.resume()
             if hindsight is not None and not going_on:
                 session.begin_with(hindsight.actor.of_raw(hindsight.mean, hindsight.std))
@@ -146,37 +154,6 @@ def train(
             return _result(session, authority, decide_every, hindsight)
     finally:
         torch.set_num_threads(threads)
-
-
-def _trials(
-    env: FleetVecEnv,
-    decisions: int,
-    seed: int,
-    out: Path,
-    provenance: dict[str, Any],
-    progress: Progress | None,
-    resume: bool,
-) -> Trials:
-    """Trials in parts, each of which is kept until the training is over."""
-    parts: list[Trials] = []
-    for number, first in enumerate(range(0, decisions, TRIALS_PER_PART)):
-        path = out / TRIALS_FILE.format(number)
-        if resume and path.exists():
-            parts.append(Trials.load(path, provenance))
-            continue
-
-        def tell(done: int, gain: float, first: int = first) -> None:
-            if progress is not None:
-                progress({"decisions": float(first + done), "return_mean": gain})
-
-        length = min(TRIALS_PER_PART, decisions - first)
-        parts.append(gather(env, length, stream(seed, _TRIALS_STREAM + number), tell))
-        parts[-1].save(path, provenance)
-    return Trials.joined(parts)
-
-
-def _counted_on(progress: Progress | None, trials: int) -> Progress | None:
-    return progress and (lambda record: progress(record | {"decisions": record["decisions"] + trials}))
 
 
 def _result(

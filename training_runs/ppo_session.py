@@ -69,6 +69,7 @@ class PPOSession:
         settings: PPOSettings,
         provenance: dict[str, Any],
         progress: Progress | None,
+        before: int = 0,
     ) -> None:
         self.env, self.seed, self.out, self.settings = env, seed, out, settings
         self.provenance = provenance
@@ -95,7 +96,7 @@ class PPOSession:
             device="cpu",
         )
         self.untrained = actor_of(self.model.policy)
-        self.monitor = TrainingMonitor(out / CURVE_FILE, self.planned, progress)
+        self.monitor = TrainingMonitor(out / CURVE_FILE, self.planned, progress, before)
 
     @property
     def planned(self) -> int:

@@ -23,18 +23,25 @@ _STD_FLOOR = 0.1  # a feature that never moved in training must still have a sca
 _EPISODES = 200  # newest episodes that the means are taken over
 
 
+def curve_up_to(curve: Path, decisions: int) -> list[dict[str, Any]]:
+    """The lines of a learning curve up to so many decisions; none if there is no file."""
+    lines = curve.read_text(encoding="utf-8").splitlines() if curve.exists() else []
+    return [line for line in map(json.loads, lines) if line["decisions"] <= decisions]
+
+
 class TrainingMonitor(BaseCallback):
     """Episode returns, the learning curve, and the statistics of the observations of the newest segment.
 
     Args:
         curve: JSONL file; gets one line per rollout.
-        planned: decisions of the whole training.
+        planned: decisions of PPO.
         progress: called after every rollout with the line, and "eta_seconds".
+        before: decisions of the stage before PPO, from which the curve's are counted on.
     """
 
-    def __init__(self, curve: Path, planned: int, progress: Progress | None) -> None:
+    def __init__(self, curve: Path, planned: int, progress: Progress | None, before: int = 0) -> None:
         super().__init__()
-        self._curve, self._planned, self._progress = curve, planned, progress
+        self._curve, self._planned, self._progress, self._before = curve, planned, progress, before
         self._returns: deque[float] = deque(maxlen=_EPISODES)
         self._diverged: deque[float] = deque(maxlen=_EPISODES)
         self._count, self._sum, self._square = 0, np.zeros(len(FEATURES)), np.zeros(len(FEATURES))
@@ -43,9 +50,8 @@ class TrainingMonitor(BaseCallback):
     def begin(self, done: int) -> None:
         """Starts the clock, and the curve at the `done` decisions of an earlier attempt."""
         self._since, self._done_before = time.perf_counter(), done
-        lines = self._curve.read_text(encoding="utf-8").splitlines() if self._curve.exists() else []
-        kept = [line for line in lines if json.loads(line)["decisions"] <= done]
-        self._curve.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        kept = curve_up_to(self._curve, self._before + done)
+        self._curve.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
 
     def begin_segment(self) -> None:
         """Forgets the observations of the segment before."""
@@ -79,7 +85,7 @@ class TrainingMonitor(BaseCallback):
         self._square += (observations**2).sum(0)
         std = self.model.policy.log_std.detach().exp()
         record = {
-            "decisions": float(self.num_timesteps),
+            "decisions": float(self._before + self.num_timesteps),
             "return_mean": self.return_mean,
             "clip_fraction": float((np.abs(buffer.actions) > 1.0).mean()),
             "entropy": float(torch.distributions.Normal(torch.zeros(len(std)), std).entropy().sum()),

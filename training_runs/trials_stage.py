@@ -1,0 +1,71 @@
+"""The stage of trials: gathered in parts that outlive a killed training, each followed by what all so far have told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
+from lbw_rl.training_runs.hindsight import Hindsight, Trials, gather, learn
+from lbw_rl.training_runs.ppo_session import CURVE_FILE, stream
+from lbw_rl.training_runs.training_monitor import Progress, curve_up_to
+
+TRIALS_PER_PART = 24_000
+"""Decisions: what a training that dies among its trials loses at most, and the distance of two points of its learning curve."""
+TRIALS_FILE = "trials-{}.npz"
+_STREAM = 2**20  # past the streams of PPO's segments
+
+
+def learn_from_trials(
+    env: FleetVecEnv,
+    decisions: int,
+    seed: int,
+    out: Path,
+    hidden: Sequence[int],
+    provenance: dict[str, Any],
+    judge: Callable[[Hindsight], dict[str, float]],
+    progress: Progress | None,
+    resume: bool,
+) -> Hindsight:
+    """Gathers trials, learns from them after every part, and writes the learning curve.
+
+    Args:
+        env: as in `gather`.
+        decisions: of the trials, over all runs.
+        seed: of tasks, multiples and fits.
+        out: folder of the parts and of the curve, which gets a line of `decisions`, `runs` and what `judge` found per part.
+        hidden: widths of the actor's layers.
+        provenance: of the training; parts of another are refused.
+        judge: tells how good a policy is.
+        progress: told "decisions" and, the mean gain of the part so far, "return_mean", after every decision of all runs.
+        resume: take the parts that are there.
+
+    Raises:
+        ValueError: a part of another training, or fewer than five runs.
+    """
+    curve = out / CURVE_FILE
+    parts: list[Trials] = []
+    found = None
+    for number, first in enumerate(range(0, decisions, TRIALS_PER_PART)):
+        path, last = out / TRIALS_FILE.format(number), min(decisions, first + TRIALS_PER_PART)
+        if resume and path.exists():
+            parts.append(Trials.load(path, provenance))
+        else:
+
+            def tell(done: int, gain: float, first: int = first) -> None:
+                if progress is not None:
+                    progress({"decisions": float(first + done), "return_mean": gain})
+
+            parts.append(gather(env, last - first, stream(seed, _STREAM + number), tell))
+            parts[-1].save(path, provenance)
+        known = curve_up_to(curve, last)
+        judged = any(line["decisions"] == last for line in known)
+        if last == decisions or not judged:
+            found = learn(Trials.joined(parts), seed, hidden)
+            if not judged:
+                with curve.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"decisions": last, "runs": found.report["runs"], **judge(found)}) + "\n")
+    assert found is not None, "no decisions"
+    return found
