@@ -196,7 +196,9 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         self._base = GovernedProxies(self._data, authority, decide_every, rule) if base_run else None
         self._device = SyntheticDevice(num_envs)
         self._features = FeatureTracker(num_envs, 1.0, self._governed.runs.fleet.matrices)
-        self._generators: list[np.random.Generator] | None = None
+        # The devices' are apart, so that which tasks follow does not depend on how long the runs before them lasted.
+        self._generators: list[np.random.Generator] = []
+        self._device_generators: list[np.random.Generator] = []
         self._gain = HeldOutGain(num_envs)
         self._watch, self._base_watch = DivergenceWatch(num_envs), DivergenceWatch(num_envs)
 
@@ -226,17 +228,20 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
             seed = [None] * self.num_envs
         if len(seed) != self.num_envs:
             raise ValueError(f"seed: {len(seed)} seeds for num_envs={self.num_envs}; accepted: an int, or one per run")
-        old: Sequence[np.random.Generator | None] = self._generators or [None] * self.num_envs
-        self._generators = [
-            g if s is None and g is not None else np.random.default_rng(s) for s, g in zip(seed, old, strict=True)
-        ]
+        if not self._generators:
+            self._generators = [np.random.default_rng(s) for s in seed]
+            self._device_generators = [g.spawn(1)[0] for g in self._generators]
+            return
+        for row, s in enumerate(seed):
+            if s is not None:
+                self._generators[row] = np.random.default_rng(s)
+                self._device_generators[row] = self._generators[row].spawn(1)[0]
 
     def _start(self, rows: list[int], tasks: Tasks | None = None) -> tuple[NDArray[np.float32], Arrays]:
         """Starts the runs in `rows`; returns observations and telemetry, NaN in other rows' telemetry."""
-        generators = self._of(rows)
         if tasks is None:
-            for row, rng in zip(rows, generators, strict=True):
-                self._data.put([row], sample_tasks(rng, 1, **self.task_distribution))
+            for row in rows:
+                self._data.put([row], sample_tasks(self._generators[row], 1, **self.task_distribution))
         elif len(tasks) != len(rows) or (tasks.horizon % self.decide_every).any():
             raise ValueError(
                 f"options['tasks']: {len(tasks)} tasks with horizons {tasks.horizon}; needed: {len(rows)} tasks, "
@@ -247,7 +252,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         self._governed.start(rows)
         if self._base is not None:
             self._base.start(rows)
-        self._device.reset(rows, generators, self._data.tasks.dropout[rows])
+        self._device.reset(rows, self._device_generators_of(rows), self._data.tasks.dropout[rows])
         mask = np.zeros(self.num_envs, dtype=bool)
         mask[rows] = True
         self._features.reset(mask, self._data.tasks.horizon.astype(np.float64))
@@ -256,10 +261,8 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         self._base_watch.reset(rows)
         return self._observe(rows)
 
-    def _of(self, rows: Sequence[int]) -> list[np.random.Generator]:
-        if self._generators is None:
-            raise RuntimeError("step called before reset")
-        return [self._generators[row] for row in rows]
+    def _device_generators_of(self, rows: Sequence[int]) -> list[np.random.Generator]:
+        return [self._device_generators[row] for row in rows]
 
     # -- one decision --------------------------------------------------------------------------------
 
@@ -277,6 +280,8 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         Raises:
             ValueError: actions of another shape, or NaN.
         """
+        if not self._generators:
+            raise RuntimeError("step called before reset")
         actions = np.asarray(actions)
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions have shape {actions.shape}; needed: {self.action_space.shape}")
@@ -301,7 +306,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         telemetry = self._governed.telemetry(rows)
         if self._base is not None:
             self._base.telemetry(rows)  # its rules see every record once, as the governed runs' do
-        for name, readings in self._device.read(list(rows), self._of(rows)).items():
+        for name, readings in self._device.read(list(rows), self._device_generators_of(rows)).items():
             telemetry[name] = np.full(self.num_envs, np.nan)
             telemetry[name][list(rows)] = readings
         return self._features(self._governed.observed(telemetry)).astype(np.float32), telemetry

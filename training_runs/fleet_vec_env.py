@@ -54,6 +54,10 @@ class FleetVecEnv(VecEnv):
             return [getattr(e, method)(**kwargs) for e, kwargs in calls]
         return [f.result() for f in [self._pool.submit(getattr(e, method), **kwargs) for e, kwargs in calls]]
 
+    def seed_blocks(self, seed: int, size: int) -> None:
+        """As `seed`, with one seed for every `size` neighbours: they meet the same tasks in the same order."""
+        self._seeds = [seed + i // size for i in range(self.num_envs)]
+
     def reset(self) -> NDArray[np.float32]:
         """Starts all environments; `seed` decides how."""
         seeds = [list(part) for part in np.split(np.array(self._seeds, dtype=object), self._borders)]

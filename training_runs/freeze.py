@@ -26,7 +26,7 @@ from lbw_rl.training_runs.workers import Backend
 UNTRAINED = "untrained"
 """Subfolder that holds the same network before training, frozen the same way: a control."""
 _PPO_NOTE = "return {return_mean:+.2f} clip {clip_fraction:.0%} entropy {entropy:+.2f}"
-_TRIALS_NOTE = "trials, gain {return_mean:+.2f}"
+_TRIALS_NOTE = "trials, {runs:.0f} runs in this part"
 
 
 class Meter(Protocol):

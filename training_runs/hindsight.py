@@ -1,17 +1,21 @@
 """What multiples of a rule were worth, told by whole runs: trials at random, a fit of their effects, and the actor that follows.
 
 PPO has to find out of the noise of its own exploration, decision by decision, what a multiple does to the end of a run. Held for
-a good part of a run instead, and drawn at random, a multiple shows its effect in the run's final gain itself, whatever else went
-on. What was observed before it was drawn cannot be its consequence, so that a fit over many runs of
+a good part of a run instead, and drawn at random, a multiple shows its effect in the run's final loss itself, whatever else went
+on. Runs go in blocks of the same task, weights and data that differ in their multiples alone; a run's gain is its final loss
+below the mean of the others'. What was observed before a multiple was drawn cannot be its consequence, so that a fit over many
+runs of
 
     gain = V(x) + α(x)·u − β(x)·u²,    β ≥ 0, one α and β per action
 
-gives the causal effect of u where x was observed. (Randomised stretches as in micro-randomised trials, Klasnja et al. 2015.)
+gives the causal effect of u where x was observed. (Randomised stretches as in micro-randomised trials, Klasnja et al. 2015; in
+randomised blocks, Fisher 1926.)
 """
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -32,6 +36,9 @@ _PROGRESS = list(FEATURES).index("progress")
 _ACTIONS = 2
 _LARGEST_GAIN = 0.5  # nats: what a run that diverged lost says no more than that it was too much
 _STD_FLOOR = 0.1
+BLOCK = 4
+"""Runs of a block. Against a base run for each, at the same cost, it is three times as much information: twice the runs, and
+a mean of three others is less noisy than one run."""
 _FOLDS, _REPETITIONS = 5, 2
 _HIDDEN = 16
 _STEPS = 4000  # of the actor's fit
@@ -52,15 +59,15 @@ class Trials:
     Attributes:
         observations: when a stretch began, shape (S, features).
         actions: held through it, shape (S, 2).
-        gains: final held-out gain of its run over the base run, nats per token, shape (S,).
-        runs: index of its run, shape (S,).
+        gains: final held-out loss of its run below the mean of the others in its block, nats per token, shape (S,).
+        blocks: index of its run's block, shape (S,).
         met: observations at all decisions, shape (D, features).
     """
 
     observations: NDArray[np.float32]
     actions: NDArray[np.float32]
     gains: FloatArray
-    runs: NDArray[np.int64]
+    blocks: NDArray[np.int64]
     met: NDArray[np.float32]
 
     def __len__(self) -> int:
@@ -87,11 +94,11 @@ class Trials:
 
     @classmethod
     def joined(cls, parts: Sequence[Trials]) -> Trials:
-        """All of several, with runs counted on."""
-        first = np.cumsum([0, *(int(part.runs.max(initial=-1)) + 1 for part in parts)])
-        runs = [part.runs + offset for part, offset in zip(parts, first)]
+        """All of several, with blocks counted on."""
+        first = np.cumsum([0, *(int(part.blocks.max(initial=-1)) + 1 for part in parts)])
+        blocks = [part.blocks + offset for part, offset in zip(parts, first)]
         arrays = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)}
-        return cls(**{**arrays, "runs": np.concatenate(runs)})
+        return cls(**{**arrays, "blocks": np.concatenate(blocks)})
 
 
 class _Trial:
@@ -115,45 +122,58 @@ class _Trial:
         return self.starts.setdefault(stretch, (observation.copy(), self._multiples[stretch]))[1]
 
 
-def gather(env: FleetVecEnv, decisions: int, seed: int, progress: Callable[[int, float], None] | None = None) -> Trials:
-    """Runs trials; those that are under way at the end are left out.
+def gather(env: FleetVecEnv, decisions: int, seed: int, progress: Callable[[int, int], None] | None = None) -> Trials:
+    """Runs trials; blocks that are not whole at the end are left out.
 
     Args:
-        env: whose returns are final gains over base runs under the rule.
+        env: without base runs; every fleet a multiple of `BLOCK`.
         decisions: at least so many, over all runs.
         seed: of tasks and multiples.
-        progress: told, after every decision of all runs, how many were done and the mean gain so far (NaN at first).
+        progress: told, after every decision of all runs, how many were done and how many runs have ended in whole blocks.
+
+    Raises:
+        ValueError: a fleet that is no multiple of `BLOCK`.
     """
+    if sizes := [e.num_envs for e in env.environments if e.num_envs % BLOCK]:
+        raise ValueError(f"env: fleets of {sizes} runs; accepted: multiples of {BLOCK}")
     rng = np.random.default_rng([seed, 1])
-    env.seed(seed)
+    env.seed_blocks(seed, BLOCK)
     observations: NDArray[np.float32] = env.reset()
     trials = [_Trial(rng) for _ in range(env.num_envs)]
+    ended = np.zeros(env.num_envs, dtype=np.int64)  # runs, by place
+    open_blocks: dict[tuple[int, int], list[tuple[_Trial, float]]] = defaultdict(list)
     starts: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
     gains: list[float] = []
-    runs: list[int] = []
+    blocks: list[int] = []
     met = []
-    done, finished_runs = 0, 0
+    done, whole = 0, 0
     while done < decisions:
         met.append(observations)
         actions = np.stack([trial.action(x) for trial, x in zip(trials, observations, strict=True)])
         step: tuple[Any, ...] = env.step(actions)
         observations, _, finished, infos = step
         done += env.num_envs
-        for i in np.flatnonzero(finished):
-            ended = list(trials[i].starts.values())
-            starts += ended
-            gains += [infos[i]["episode"]["r"]] * len(ended)
-            runs += [finished_runs] * len(ended)
-            finished_runs += 1
+        for i in map(int, np.flatnonzero(finished)):
+            key = (i // BLOCK, int(ended[i]))  # the places of a block meet the same tasks in the same order
+            open_blocks[key].append((trials[i], infos[i]["episode"]["r"]))
+            ended[i] += 1
             trials[i] = _Trial(rng)
+            if len(open_blocks[key]) == BLOCK:
+                block = open_blocks.pop(key)
+                total = sum(gain for _, gain in block)
+                for trial, gain in block:
+                    stretches = list(trial.starts.values())
+                    starts += stretches
+                    gains += [gain - (total - gain) / (BLOCK - 1)] * len(stretches)
+                    blocks += [whole] * len(stretches)
+                whole += 1
         if progress is not None:
-            progress(done, float(np.mean(gains)) if gains else float("nan"))
-    features = len(FEATURES)
+            progress(done, whole * BLOCK)
     return Trials(
-        observations=np.array([x for x, _ in starts], dtype=np.float32).reshape(-1, features),
+        observations=np.array([x for x, _ in starts], dtype=np.float32).reshape(-1, len(FEATURES)),
         actions=np.array([u for _, u in starts], dtype=np.float32).reshape(-1, _ACTIONS),
         gains=np.array(gains, dtype=np.float64),
-        runs=np.array(runs, dtype=np.int64),
+        blocks=np.array(blocks, dtype=np.int64),
         met=np.concatenate(met).astype(np.float32),
     )
 
@@ -196,7 +216,7 @@ class Hindsight:
         actor: of normalised observations, (observation − mean) / std.
         mean: of the observations at the beginning of stretches, shape (features,).
         std: their standard deviation, at least 0.1, shape (features,).
-        report: JSON data: `runs`, `stretches`; of each fit on the runs that it was not fitted to the `loss` (Huber, of the
+        report: JSON data: `blocks`, `stretches`; of each fit on the blocks that it was not fitted to the `loss` (Huber, of the
             gain), the `loss_without_effects`, and the `slope` of what the effects left to explain on the effects that were
             foretold, with its standard error: 1 where they are as large as foretold, 0 where there are none.
     """
@@ -214,26 +234,26 @@ class Hindsight:
 def learn(
     trials: Trials, seed: int, hidden: Sequence[int] = (32, 32), caution: float = 2.0, epochs: int = 60
 ) -> Hindsight:
-    """Fits the effects several times over, each on four fifths of the runs, and an actor to what all fits vouch for.
+    """Fits the effects several times over, each on four fifths of the blocks, and an actor to what all fits vouch for.
 
     The actor takes, for each action, the u of the largest (mean − `caution` · standard deviation over the fits) of α·u − β·u²: none
     where they do not agree that it gains. It is fitted to that on the observations that were met, and on as many moved away
     from them, where the fits part and it learns to leave a run to the rule.
 
     Args:
-        trials: of at least five runs.
+        trials: of at least five blocks.
         seed: of the fits.
         hidden: widths of the actor's layers, tanh.
         caution: standard deviations. 2: on `mini-qwen2` a policy then ends as its rule does, at 1 and 0.5 it ends 0.02 and 0.03 nats
             worse, and on the proxies it was made for it keeps most of its gain (docs/LOG.md, 2026-11-29).
-        epochs: passes over the trials; of them the best on the runs left out is kept.
+        epochs: passes over the trials; of them the best on the blocks left out is kept.
 
     Raises:
-        ValueError: fewer than five runs.
+        ValueError: fewer than five blocks.
     """
-    count = int(trials.runs.max(initial=-1)) + 1
+    count = int(trials.blocks.max(initial=-1)) + 1
     if count < _FOLDS:
-        raise ValueError(f"trials: {count} finished runs are too few to learn from; needed: at least {_FOLDS}")
+        raise ValueError(f"trials: {count} finished blocks are too few to learn from; needed: at least {_FOLDS}")
     generator = torch.Generator().manual_seed(seed)
     mean = trials.observations.mean(0).astype(np.float64)
     std = np.maximum(_STD_FLOOR, trials.observations.std(0).astype(np.float64))
@@ -245,14 +265,16 @@ def learn(
         fold = np.empty(count, dtype=np.int64)
         fold[np.random.default_rng([seed, repetition]).permutation(count)] = np.arange(count) % _FOLDS
         for k in range(_FOLDS):
-            left_out = torch.from_numpy(fold[trials.runs] == k)
+            left_out = torch.from_numpy(fold[trials.blocks] == k)
             effects, found = _fit(x, u, gains, left_out, epochs, generator)
             fits.append(effects)
             reports.append(found)
     met = torch.from_numpy(((trials.met - mean) / std).astype(np.float32))
     near = torch.cat([met, *(met + d * torch.randn(met.shape, generator=generator) for d in _NEARBY)])
     actor = _imitate(near, _vouched_for(fits, near, caution), hidden, generator)
-    return Hindsight(actor=actor, mean=mean, std=std, report={"runs": count, "stretches": len(trials), "fits": reports})
+    return Hindsight(
+        actor=actor, mean=mean, std=std, report={"blocks": count, "stretches": len(trials), "fits": reports}
+    )
 
 
 def _fit(

@@ -25,7 +25,7 @@ from lbw_rl.training_runs.hindsight import Hindsight
 from lbw_rl.training_runs.policy_evaluation import evaluate_actor
 from lbw_rl.training_runs.ppo_session import CHECKPOINT_FILE, CURVE_FILE, PPOSession, PPOSettings
 from lbw_rl.training_runs.training_monitor import Progress
-from lbw_rl.training_runs.trials_stage import learn_from_trials
+from lbw_rl.training_runs.trials_stage import in_blocks, learn_from_trials
 from lbw_rl.training_runs.workers import Backend
 
 __all__ = ["CHECKPOINT_FILE", "CURVE_FILE", "STEERING", "PPOSettings", "TrainingResult", "evaluate_actor", "train"]
@@ -93,7 +93,7 @@ def train(
         out: folder for the learning curve, the trials and the checkpoint.
         progress: called after every rollout with "decisions", "return_mean", "clip_fraction" (share of the actions
             that lay outside [-1, 1] before clipping), "entropy", "diverged" and "eta_seconds"; during trials after every
-            decision of all proxies, with "decisions" and, the mean gain so far, "return_mean" alone.
+            decision of all proxies, with "decisions" and the part's "runs".
         settings: of PPO; default: `STEERING` with a rule, else those of `PPOSettings`.
         authority: bounds on the actions.
         decide_every: optimizer steps per decision; default: 4 with a rule, which itself acts at every step, else 2.
@@ -131,20 +131,23 @@ def train(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each fleet has a thread of its own
     try:
-        with fleets(kinds, arguments, backend) as environments:
-            env = FleetVecEnv(environments)
-            provenance = _provenance(decisions, seed, settings, authority, decide_every, rule, name, kinds, trials)
-            hindsight = None
-            if trials:
+        provenance = _provenance(decisions, seed, settings, authority, decide_every, rule, name, kinds, trials)
+        hindsight = None
+        if trials:
 
-                def judge(found: Hindsight) -> dict[str, float]:
-                    once = tuple(dict.fromkeys(kind for kind, _ in kinds))
-                    options: dict[str, Any] = {"authority": authority, "decide_every": decide_every, "rule": rule}
-                    return evaluate_actor(found.act, proxies, kinds=once, **options).summary()
+            def judge(found: Hindsight) -> dict[str, float]:
+                once = tuple(dict.fromkeys(kind for kind, _ in kinds))
+                options: dict[str, Any] = {"authority": authority, "decide_every": decide_every, "rule": rule}
+                return evaluate_actor(found.act, proxies, kinds=once, **options).summary()
 
+            with fleets(in_blocks(kinds), {**arguments, "base_run": False}, backend) as environments:
+                env = FleetVecEnv(environments)
                 hindsight = learn_from_trials(
                     env, trials, seed, out, settings.hidden_sizes, provenance, judge, progress, resume
                 )
+                env.close()
+        with fleets(kinds, arguments, backend) as environments:
+            env = FleetVecEnv(environments)
             session = PPOSession(env, decisions, seed, out, settings, provenance, progress, trials)
             going_on = resume and session.resume()
             if hindsight is not None and not going_on:

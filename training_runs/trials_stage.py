@@ -7,15 +7,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lbw_rl.envs.mixture import Mixture
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
-from lbw_rl.training_runs.hindsight import Hindsight, Trials, gather, learn
+from lbw_rl.training_runs.hindsight import BLOCK, Hindsight, Trials, gather, learn
 from lbw_rl.training_runs.ppo_session import CURVE_FILE, stream
 from lbw_rl.training_runs.training_monitor import Progress, curve_up_to
 
-TRIALS_PER_PART = 24_000
+TRIALS_PER_PART = 48_000
 """Decisions: what a training that dies among its trials loses at most, and the distance of two points of its learning curve."""
 TRIALS_FILE = "trials-{}.npz"
 _STREAM = 2**20  # past the streams of PPO's segments
+
+
+def in_blocks(mixture: Mixture) -> Mixture:
+    """A mixture for trials: whole blocks, and about twice the runs, since no base runs accompany them."""
+    return tuple((kind, BLOCK * max(1, round(2 * n / BLOCK))) for kind, n in mixture)
 
 
 def learn_from_trials(
@@ -39,11 +45,11 @@ def learn_from_trials(
         hidden: widths of the actor's layers.
         provenance: of the training; parts of another are refused.
         judge: tells how good a policy is.
-        progress: told "decisions" and, the mean gain of the part so far, "return_mean", after every decision of all runs.
+        progress: told "decisions", and the part's "runs" in whole blocks, after every decision of all runs.
         resume: take the parts that are there.
 
     Raises:
-        ValueError: a part of another training, or fewer than five runs.
+        ValueError: a part of another training, or fewer than five blocks.
     """
     curve = out / CURVE_FILE
     parts: list[Trials] = []
@@ -54,9 +60,9 @@ def learn_from_trials(
             parts.append(Trials.load(path, provenance))
         else:
 
-            def tell(done: int, gain: float, first: int = first) -> None:
+            def tell(done: int, runs: int, first: int = first) -> None:
                 if progress is not None:
-                    progress({"decisions": float(first + done), "return_mean": gain})
+                    progress({"decisions": float(first + done), "runs": float(runs)})
 
             parts.append(gather(env, last - first, stream(seed, _STREAM + number), tell))
             parts[-1].save(path, provenance)
@@ -66,6 +72,8 @@ def learn_from_trials(
             found = learn(Trials.joined(parts), seed, hidden)
             if not judged:
                 with curve.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"decisions": last, "runs": found.report["runs"], **judge(found)}) + "\n")
+                    file.write(
+                        json.dumps({"decisions": last, "runs": BLOCK * found.report["blocks"], **judge(found)}) + "\n"
+                    )
     assert found is not None, "no decisions"
     return found
