@@ -100,6 +100,21 @@ def test_hindsight_is_the_same_for_the_same_seed() -> None:
         assert not np.array_equal(a[0], c[0])
 
 
+def test_fits_side_by_side_do_not_touch_one_another() -> None:
+    told = trials(0.2, blocks=30)
+    x, u, gains = (torch.from_numpy(a.astype(np.float32)) for a in (told.observations, told.actions, told.gains))
+    thirds = torch.from_numpy(told.blocks % 3)
+    parts = [
+        hindsight._fit(x, u, gains, torch.stack([thirds == 0, thirds == k]), 3, torch.Generator().manual_seed(0))
+        for k in (1, 2)
+    ]
+    (one, reports), (other, others) = parts
+    assert reports[0] == others[0]
+    for a, b in zip(one.parameters, other.parameters, strict=True):
+        assert torch.equal(a[0], b[0])
+        assert not torch.equal(a[1], b[1])
+
+
 def test_too_few_runs_are_refused() -> None:
     with pytest.raises(ValueError, match="trials: 4 finished blocks are too few"):
         learn(trials(0.1, blocks=4), seed=0)

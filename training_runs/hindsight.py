@@ -178,34 +178,50 @@ def gather(env: FleetVecEnv, decisions: int, seed: int, progress: Callable[[int,
     )
 
 
-class _Effects(nn.Module):
-    """V, α and β of normalised observations."""
+class _Effects:
+    """V, α and β of normalised observations as several fits see them, side by side: a fit is an entry of the first dimension."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.value, self.effect = _network(_HIDDEN, 1), _network(_HIDDEN, 2 * _ACTIONS)
-        last = self.effect[-1]
-        assert isinstance(last, nn.Linear)
+    def __init__(self, fits: int, generator: torch.Generator) -> None:
+        self.value, self.effect = (_networks(fits, outputs, generator) for outputs in (1, 2 * _ACTIONS))
         with torch.no_grad():
-            last.bias[_ACTIONS:] = -4.0  # β begins at 0.02: nearly straight
+            self.effect[-1][..., _ACTIONS:] = -4.0  # β begins at 0.02: nearly straight
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Weights and biases in turn, of all layers."""
+        return [*self.value, *self.effect]
 
     def of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """α and β, shape (n, 2) each."""
-        out = self.effect(x)
-        return out[:, :_ACTIONS], softplus(out[:, _ACTIONS:])
+        """α and β, shape (fits, n, 2) each, of x, shape (fits, n, features) or (1, n, features)."""
+        out = _through(self.effect, x)
+        return out[..., :_ACTIONS], softplus(out[..., _ACTIONS:])
 
-    def forward(self, x: Tensor, u: Tensor) -> Tensor:
+    def values(self, x: Tensor) -> Tensor:
+        """V, shape (fits, n)."""
+        return _through(self.value, x)[..., 0]
+
+    def gains(self, x: Tensor, u: Tensor) -> Tensor:
+        """Shape (fits, n)."""
         alpha, beta = self.of(x)
-        return self.value(x)[:, 0] + (alpha * u - beta * u * u).sum(1)
+        return self.values(x) + (alpha * u - beta * u * u).sum(-1)
 
 
-def _network(hidden: int, outputs: int) -> nn.Sequential:
-    layers = [nn.Linear(len(FEATURES), hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh()]
-    last = nn.Linear(hidden, outputs)
-    with torch.no_grad():
-        last.weight.mul_(0.1)
-        last.bias.zero_()
-    return nn.Sequential(*layers, last)
+def _networks(fits: int, outputs: int, generator: torch.Generator) -> list[Tensor]:
+    """Weights (fits, in, out) and biases (fits, 1, out) of two tanh layers and a linear one that begins near nothing."""
+    sizes = [len(FEATURES), _HIDDEN, _HIDDEN, outputs]
+    tensors = []
+    for inputs, width in pairwise(sizes):
+        reach = inputs**-0.5
+        tensors += [torch.empty(fits, rows, width).uniform_(-reach, reach, generator=generator) for rows in (inputs, 1)]
+    tensors[-2] *= 0.1
+    tensors[-1] *= 0.0
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def _through(layers: Sequence[Tensor], x: Tensor) -> Tensor:
+    for weight, bias in zip(layers[:-2:2], layers[1:-2:2], strict=True):
+        x = torch.tanh(x @ weight + bias)
+    return x @ layers[-2] + layers[-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,18 +276,15 @@ def learn(
     x = torch.from_numpy(((trials.observations - mean) / std).astype(np.float32))
     u = torch.from_numpy(trials.actions)
     gains = torch.from_numpy(trials.gains.clip(-_LARGEST_GAIN, _LARGEST_GAIN).astype(np.float32))
-    fits, reports = [], []
+    left_out = []
     for repetition in range(_REPETITIONS):
         fold = np.empty(count, dtype=np.int64)
         fold[np.random.default_rng([seed, repetition]).permutation(count)] = np.arange(count) % _FOLDS
-        for k in range(_FOLDS):
-            left_out = torch.from_numpy(fold[trials.blocks] == k)
-            effects, found = _fit(x, u, gains, left_out, epochs, generator)
-            fits.append(effects)
-            reports.append(found)
+        left_out += [torch.from_numpy(fold[trials.blocks] == k) for k in range(_FOLDS)]
+    effects, reports = _fit(x, u, gains, torch.stack(left_out), epochs, generator)
     met = torch.from_numpy(((trials.met - mean) / std).astype(np.float32))
     near = torch.cat([met, *(met + d * torch.randn(met.shape, generator=generator) for d in _NEARBY)])
-    actor = _imitate(near, _vouched_for(fits, near, caution), hidden, generator)
+    actor = _imitate(near, _vouched_for(effects, near, caution), hidden, generator)
     return Hindsight(
         actor=actor, mean=mean, std=std, report={"blocks": count, "stretches": len(trials), "fits": reports}
     )
@@ -279,43 +292,62 @@ def learn(
 
 def _fit(
     x: Tensor, u: Tensor, gains: Tensor, left_out: Tensor, epochs: int, generator: torch.Generator
-) -> tuple[_Effects, dict[str, float]]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        net = _Effects()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.1)
-    known, best, kept = torch.nonzero(~left_out)[:, 0], float("inf"), net.state_dict()
-    xt, ut, gt = x[left_out], u[left_out], gains[left_out]
+) -> tuple[_Effects, list[dict[str, float]]]:
+    """One fit for every row of `left_out`, shape (fits, S), and what each foretells of the stretches that were left out of it."""
+    fits, known = len(left_out), [torch.nonzero(~mask)[:, 0] for mask in left_out]
+    effects = _Effects(fits, generator)
+    optimizer = torch.optim.AdamW(effects.parameters, lr=2e-3, weight_decay=0.1)
+    least = min(map(len, known))  # as many batches for all
+    best, kept = torch.full((fits,), torch.inf), [p.detach().clone() for p in effects.parameters]
     for _ in range(epochs):
-        for batch in known[torch.randperm(len(known), generator=generator)].split(128):
-            loss = huber_loss(net(x[batch], u[batch]), gains[batch], delta=0.1)
+        order = torch.stack([rows[torch.randperm(len(rows), generator=generator)[:least]] for rows in known])
+        for batch in order.split(128, dim=1):
+            loss = _huber(effects.gains(x[batch], u[batch]) - gains[batch]).mean(1).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            now = float(huber_loss(net(xt, ut), gt, delta=0.1))
-        if now < best:
-            best, kept = now, {name: value.clone() for name, value in net.state_dict().items()}
-    net.load_state_dict(kept)
+            now = _mean_of(_huber(effects.gains(x[None], u) - gains), left_out)
+            better = now < best
+            best = torch.where(better, now, best)
+            for kept_one, p in zip(kept, effects.parameters, strict=True):
+                kept_one[better] = p[better]
     with torch.no_grad():
-        value = net.value(xt)[:, 0]
-        foretold = net(xt, ut) - value
-        left, centred = gt - value, foretold - foretold.mean()
+        for kept_one, p in zip(kept, effects.parameters, strict=True):
+            p.copy_(kept_one)
+        values, foretold = effects.values(x[None]), effects.gains(x[None], u)
+    reports = []
+    for mask, value, told, loss in zip(left_out, values, foretold, best.tolist(), strict=True):
+        left = (gains - value)[mask]
+        centred = (told - value)[mask] - (told - value)[mask].mean()
         size = float(centred.square().sum())
-        found = {
-            "loss": best,
-            "loss_without_effects": float(huber_loss(value, gt, delta=0.1)),
-            "slope": float((centred * left).sum()) / size if size else 0.0,
-            "slope_error": float(left.std()) / size**0.5 if size else 0.0,
-        }
-    return net, found
+        reports.append(
+            {
+                "loss": loss,
+                "loss_without_effects": float(_huber(left).mean()),
+                "slope": float((centred * left).sum()) / size if size else 0.0,
+                "slope_error": float(left.std()) / size**0.5 if size else 0.0,
+            }
+        )
+    return effects, reports
 
 
-def _vouched_for(fits: Sequence[_Effects], x: Tensor, caution: float) -> Tensor:
+def _huber(error: Tensor) -> Tensor:
+    return huber_loss(error, torch.zeros_like(error), delta=0.1, reduction="none")
+
+
+def _mean_of(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * mask).sum(1) / mask.sum(1)
+
+
+def _vouched_for(effects: _Effects, x: Tensor, caution: float) -> Tensor:
     """The actions that the fits agree on, shape (n, 2)."""
-    with torch.no_grad():
-        alpha, beta = (torch.stack(part) for part in zip(*(fit.of(x) for fit in fits), strict=True))
-    best, chosen = torch.zeros(len(x), _ACTIONS), torch.zeros(len(x), _ACTIONS)
+    return torch.cat([_agreed(*effects.of(part[None]), caution) for part in x.split(2**14)])
+
+
+@torch.no_grad()
+def _agreed(alpha: Tensor, beta: Tensor, caution: float) -> Tensor:
+    best, chosen = torch.zeros(alpha.shape[1:]), torch.zeros(alpha.shape[1:])
     for position in torch.linspace(-1.0, 1.0, 21):
         worth = alpha * position - beta * position**2
         sure = worth.mean(0) - caution * worth.std(0)
