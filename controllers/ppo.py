@@ -22,15 +22,20 @@ from lbw_rl.steering import relative, steered
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
-def newest_pretrained() -> Path:
-    """The newest shipped policy: the last folder of `controllers/pretrained` whose name begins with "ppo-".
+def newest_pretrained(kind: str = "ppo") -> Path:
+    """The newest shipped policy of a kind: the last folder of `controllers/pretrained` whose name begins with it.
+
+    Args:
+        kind: "ppo", multiples of a rule, which the name "ppo" stands for; "direct", scales of its own.
 
     Raises:
         PolicyError: none is shipped with this installation.
     """
-    shipped = sorted(p.parent for p in PRETRAINED.glob("ppo-*/policy.json"))
+    shipped = sorted(p.parent for p in PRETRAINED.glob(f"{kind}-*/policy.json"))
     if not shipped:
-        raise PolicyError(f"policy: no frozen policy in {PRETRAINED}; train one with `lbw-rl train-policy --out DIR`")
+        raise PolicyError(
+            f"policy: no frozen {kind} policy in {PRETRAINED}; train one with `lbw-rl train-policy --out DIR`"
+        )
     return shipped[-1]
 
 

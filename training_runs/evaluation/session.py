@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lbw_rl.controller import Controller
-from lbw_rl.controllers.ppo import FrozenPolicy
+from lbw_rl.controllers.ppo import FrozenPolicy, newest_pretrained
 from lbw_rl.policy import HEADER_FILE, load_policy
 from lbw_rl.registry import load_controller
 from lbw_rl.training_runs.evaluation.rollouts import Ends, governed, open_loop, tuned_adamw, tuned_schedule_free
@@ -27,6 +27,7 @@ from lbw_rl.training_runs.workers import executor, result_of
 REFERENCE, SCHEDULE_FREE = "AdamW, tuned for each task", "Schedule-Free, tuned for each task"
 RULE = "LBW-Guard-style"
 POLICY, REPLAY = "policy", "replay of the policy's mean scale"
+DIRECT = "shipped policy that sets its scales itself"
 RULES = {
     "AdamW at the task's rate": "constant",
     "random actions": "random",
@@ -52,7 +53,7 @@ REMEMBERED = (
     "update_ratio_trend", "weight_growth",
 )  # fmt: skip
 """Features that hold this decision against earlier ones; with `ablate` a policy goes without, and sees a single frame."""
-OTHER_PACES = (1, 4, 8)
+OTHER_PACES = (1, 2, 8)
 """Steps between two decisions of its own that a policy is also tried at with `ablate`, whatever it learned with."""
 
 
@@ -93,6 +94,7 @@ def evaluate(
     (folder / "ends").mkdir(exist_ok=True)
     untrained = [path / UNTRAINED for path in policies if (path / UNTRAINED / HEADER_FILE).exists()]
     arms: dict[str, Any] = {REFERENCE: REFERENCE, SCHEDULE_FREE: SCHEDULE_FREE, **RULES}
+    arms[DIRECT] = str(newest_pretrained("direct"))
     arms |= {f"{POLICY} {path}": str(path) for path in policies}
     arms |= {f"untrained {path}": str(path) for path in untrained[:1]}
     if ablate:

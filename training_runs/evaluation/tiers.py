@@ -85,7 +85,7 @@ TIERS: tuple[Tier, ...] = (
             split="validation",
             corpora=("python-source",),
         ),
-        4,
+        8,
     ),
     Tier(
         "hyperparameters",
