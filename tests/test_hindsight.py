@@ -16,6 +16,7 @@ from lbw_rl.envs.interface import DEFAULT_AUTHORITY
 from lbw_rl.envs.mixture import MIXTURES, ProxyKind
 from lbw_rl.envs.proxy_runs import BatchShape
 from lbw_rl.features import FEATURES
+from lbw_rl.policy import load_policy
 from lbw_rl.training_runs import hindsight, trials_stage
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
 from lbw_rl.training_runs.freeze import train_and_freeze
@@ -307,5 +308,8 @@ def test_the_card_says_how_it_was_learned(tmp_path: Path, monkeypatch: pytest.Mo
     card = (tmp_path / "CARD.md").read_text(encoding="utf-8")
     assert "Learned in hindsight from 600 decisions of trials under random multiples." in card
     assert "**Training data.** 600 decisions" in card
+    assert "| 100% | llama | 16, 8, 1 | 2 × 4 | 40–56 | markov-1, markov-2, python-docs |" in card
+    assert "hindsight" in load_policy(tmp_path).header.provenance
+    assert "hindsight" not in load_policy(tmp_path / "untrained").header.provenance
     assert found["decisions"] == 0
     assert not list(tmp_path.glob("*.npz"))

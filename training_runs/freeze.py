@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -116,7 +115,8 @@ def train_and_freeze(
     }
     judged = {name: evaluate_actor(act, proxies, **options).summary() for name, act in contenders.items()}
     provenance = {**result.provenance, "trained_on_decisions": result.decisions, "proxy_evaluation": judged}
-    _freeze(folder / UNTRAINED, result, result.untrained, {**provenance, "trials": 0, "trained_on_decisions": 0})
+    before = {name: value for name, value in provenance.items() if name != "hindsight"}
+    _freeze(folder / UNTRAINED, result, result.untrained, {**before, "trials": 0, "trained_on_decisions": 0})
     _freeze(folder, result, result.actor, provenance)
     for kept in (CHECKPOINT_FILE, TRIALS_FILE.format("*")):
         for path in folder.glob(kept):
@@ -200,6 +200,23 @@ def _freeze(folder: Path, result: TrainingResult, actor: Actor, provenance: dict
     )
 
 
+def _tasks(fleets: list[dict[str, Any]]) -> str:
+    """A line for each kind of proxies."""
+    lines = [
+        "| share | model | vocabulary, width, layers | tokens a step | steps | texts |",
+        "|---|---|---|---|---|---|",
+    ]
+    total = sum(fleet["proxies"] for fleet in fleets)
+    for fleet in fleets:
+        shape, batch = fleet["shape"].get("base", fleet["shape"]), fleet["batch"]
+        size = f"{shape['vocab']}, {shape['width']}, {shape.get('layers', 1)}"
+        steps, texts = "–".join(map(str, fleet["horizon"])), ", ".join(fleet["corpora"])
+        lines.append(
+            f"| {fleet['proxies'] / total:.0%} | {fleet['model']} | {size} | {batch['sequences']} × {batch['length']} | {steps} | {texts} |"
+        )
+    return "\n".join(lines)
+
+
 def _how(provenance: dict[str, Any]) -> str:
     trials, decisions = provenance["trials"], provenance["trained_on_decisions"]
     if not trials:
@@ -224,11 +241,10 @@ def _card(provenance: dict[str, Any]) -> str:
 it, on runs of a language model under AdamW. Features far from its training data are counted, and past the rate in
 `policy.json` the rule named there takes over.
 
-**Training data.** {provenance["trials"] + provenance["trained_on_decisions"]:,} decisions, seed {provenance["seed"]}, on tasks drawn from:
+**Training data.** {provenance["trials"] + provenance["trained_on_decisions"]:,} decisions, seed {provenance["seed"]}, on tasks of the split `train` (all that
+they are drawn from is in `policy.json`, under `provenance.tasks`):
 
-```json
-{json.dumps(provenance["tasks"], indent=1)}
-```
+{_tasks(provenance["tasks"]["fleets"])}
 
 **Results on fresh proxies** (final held-out gain over the same-seed base run{f" under `{rule}` alone" if rule else ""}, nats per token, mean ± standard error):
 
