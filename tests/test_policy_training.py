@@ -26,7 +26,7 @@ from lbw_rl.envs.proxy_runs import BatchShape
 from lbw_rl.features import FEATURES
 from lbw_rl.training_runs.actor import Actor, actor_of
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
-from lbw_rl.training_runs.policy_evaluation import evaluate_actor, neutral, uniform
+from lbw_rl.training_runs.policy_evaluation import evaluate_actor, uniform
 from lbw_rl.training_runs.policy_training import CHECKPOINT_FILE, CURVE_FILE, PPOSettings, TrainingResult, train
 
 TINY = ProxyKind(
@@ -232,7 +232,7 @@ def test_refuses_bad_budgets(tmp_path: Path) -> None:
 
 
 def test_evaluation_pairs_policies_on_the_same_proxies() -> None:
-    idle = evaluate_actor(neutral, 6, kinds=(TINY, NGRAM))
+    idle = evaluate_actor(lambda x: np.zeros((len(x), 2), dtype=np.float32), 6, kinds=(TINY, NGRAM))
     random = evaluate_actor(uniform(0), 6, kinds=(TINY, NGRAM))
     assert (idle.gains == 0.0).all()
     assert np.array_equal(idle.lr_errors, random.lr_errors)

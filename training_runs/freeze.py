@@ -11,7 +11,7 @@ from lbw_rl.envs.mixture import mixture_named
 from lbw_rl.policy import CARD_FILE, HEADER_FILE, load_policy, save_policy
 from lbw_rl.training_runs.actor import Actor
 from lbw_rl.training_runs.folders import prepare_output
-from lbw_rl.training_runs.policy_evaluation import Act, evaluate_actor, neutral, uniform
+from lbw_rl.training_runs.policy_evaluation import Act, evaluate_actor, uniform
 from lbw_rl.training_runs.policy_training import (
     CHECKPOINT_FILE,
     CURVE_FILE,
@@ -46,7 +46,7 @@ def train_and_freeze(
     settings: PPOSettings | None = None,
     mixture: str = "plain",
     backend: Backend = "local",
-    proxies: int = 48,
+    proxies: int = 144,
     trials: int = 0,
 ) -> dict[str, Any]:
     """Learns a policy on proxies and freezes it, and its untrained self, into folders that `load_controller` reads.
@@ -62,7 +62,7 @@ def train_and_freeze(
         meter: shows decisions, return, clip fraction and entropy.
         settings: PPO settings other than the default.
         trials: decisions of trials under random multiples of the rule, from whose hindsight PPO begins.
-        proxies: fresh proxies that trained, untrained, random and neutral actions are judged on.
+        proxies: fresh proxies that trained, untrained and random actions are judged on.
 
     Returns:
         `decisions`, `gain` (mean held-out gain over the base run on fresh proxies, nats per token) and `proxies`
@@ -105,7 +105,6 @@ def train_and_freeze(
         "trained": _on_raw(result, result.actor),
         "untrained": _on_raw(result, result.untrained),
         "random": uniform(seed),
-        "neutral": neutral,
     }
     options: dict[str, Any] = {
         "kinds": tuple(dict.fromkeys(kind for kind, _ in mixture_named(mixture))),

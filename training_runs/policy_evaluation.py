@@ -93,11 +93,6 @@ def _episodes(act: Act, env: ProxyTrainingVectorEnv, seed: int) -> Evaluation:
     return result
 
 
-def neutral(observations: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The policy that leaves every run alone."""
-    return np.zeros((len(observations), 2), dtype=np.float32)
-
-
 def uniform(seed: int = 0) -> Act:
     """A policy of uniformly random actions."""
     rng = np.random.default_rng(seed)

@@ -80,7 +80,7 @@ def train(
     backend: Backend = "local",
     resume: bool = False,
     trials: int = 0,
-    proxies: int = 48,
+    proxies: int = 144,
 ) -> TrainingResult:
     """Trains a policy; same arguments, same bits.
 
