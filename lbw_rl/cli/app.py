@@ -95,7 +95,7 @@ def train_policy(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Learn a policy with PPO on cheap proxy runs and freeze it into a folder."""
+    """Learn a policy on cheap proxy runs, with PPO or in hindsight of trials, and freeze it into a folder."""
     from lbw_rl.training_runs.freeze import train_and_freeze
     from lbw_rl.training_runs.workers import check_backend
 
