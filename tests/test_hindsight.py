@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,14 +36,6 @@ N = len(FEATURES)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that do not ask how good the actor is."""
     monkeypatch.setattr(hindsight, "_STEPS", 50)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # -- the fit -----------------------------------------------------------------------------------------

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
-import torch
 from gymnasium.utils.env_checker import check_env
 
 import lbw_rl.envs  # noqa: F401 (registers the ids)
@@ -18,14 +16,6 @@ from lbw_rl.features import FEATURES
 from lbw_rl.signals import SIGNALS
 
 NEUTRAL = np.zeros(2, dtype=np.float32)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
-    yield
-    torch.set_num_threads(threads)
 
 
 def recipe(*changes: str) -> Recipe:

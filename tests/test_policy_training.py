@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -36,14 +35,6 @@ TINY = ProxyKind(
 )
 NGRAM = replace(TINY, shape=NGramShape(vocab=16, context=2, width=4, hidden=8))
 SHORT = PPOSettings(n_steps=4, batch_size=16, n_epochs=2, rollouts_per_segment=2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
-    yield
-    torch.set_num_threads(threads)
 
 
 class Countdown(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):

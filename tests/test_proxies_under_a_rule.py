@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,14 +19,6 @@ from lbw_rl.features import FEATURES
 from lbw_rl.steering import REACH
 
 FEATURE_NAMES = list(FEATURES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(num_envs: int, **arguments: Any) -> ProxyTrainingVectorEnv:

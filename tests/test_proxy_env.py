@@ -8,7 +8,6 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,14 +29,6 @@ TINY: dict[str, Any] = {
     "batch": BatchShape(sequences=2, length=4, held_out=2),
     "horizon": (6, 14),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
-    yield
-    torch.set_num_threads(threads)
 
 
 FEATURE_NAMES = list(FEATURES)
