@@ -20,7 +20,7 @@ from lbw_rl.training_runs import hindsight, trials_stage
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
 from lbw_rl.training_runs.freeze import train_and_freeze
 from lbw_rl.training_runs.hindsight import BLOCK, Hindsight, Trials, gather, learn
-from lbw_rl.training_runs.policy_evaluation import evaluate_actor
+from lbw_rl.training_runs.policy_evaluation import Judge
 from lbw_rl.training_runs.policy_training import CURVE_FILE, PPOSettings, TrainingResult, train
 from lbw_rl.training_runs.trials_stage import TRIALS_FILE
 
@@ -231,12 +231,16 @@ def test_a_training_that_died_among_its_trials_resumes_to_the_same_bits(
     class Killed(Exception):
         pass
 
+    told: list[str] = []
+
     def die(record: dict[str, float]) -> None:
+        told.extend(name for name in record if name not in (*told[-1:], "decisions"))
         if record["decisions"] > 600:
             raise Killed
 
     with pytest.raises(Killed):
         short(tmp_path / "died", progress=die)
+    assert told == ["runs", "stretches", "judged", "runs"]
     assert [p.name for p in (tmp_path / "died").glob("*.npz")] == [TRIALS_FILE.format(0)]
     seen: list[float] = []
     again = short(tmp_path / "died", resume=True, progress=lambda record: seen.append(record["decisions"]))
@@ -246,10 +250,8 @@ def test_a_training_that_died_among_its_trials_resumes_to_the_same_bits(
     lines = [json.loads(line) for line in curves[0].splitlines()]
     assert [line["decisions"] for line in lines] == [400, 800]
     assert lines[0]["runs"] < lines[1]["runs"] == BLOCK * whole.provenance["hindsight"]["blocks"]
-    fresh = evaluate_actor(
-        lambda x: whole.actor((x - whole.mean) / whole.std), 2, kinds=(TINY,),
-        authority=DEFAULT_AUTHORITY, decide_every=4, rule="lbw-guard",
-    )  # fmt: skip
+    judge = Judge(2, kinds=(TINY,), authority=DEFAULT_AUTHORITY, decide_every=4, rule="lbw-guard")
+    fresh = judge(lambda x: whole.actor((x - whole.mean) / whole.std))
     assert lines[1]["gain"] == pytest.approx(fresh.summary()["gain"], abs=1e-6)
     for a, b in zip(whole.actor.layers, again.actor.layers, strict=True):
         assert np.array_equal(a[0], b[0])

@@ -25,7 +25,7 @@ from lbw_rl.envs.proxy_runs import BatchShape
 from lbw_rl.features import FEATURES
 from lbw_rl.training_runs.actor import Actor, actor_of
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
-from lbw_rl.training_runs.policy_evaluation import evaluate_actor, uniform
+from lbw_rl.training_runs.policy_evaluation import Judge, uniform
 from lbw_rl.training_runs.policy_training import CHECKPOINT_FILE, CURVE_FILE, PPOSettings, TrainingResult, train
 
 TINY = ProxyKind(
@@ -223,12 +223,27 @@ def test_refuses_bad_budgets(tmp_path: Path) -> None:
 
 
 def test_evaluation_pairs_policies_on_the_same_proxies() -> None:
-    idle = evaluate_actor(lambda x: np.zeros((len(x), 2), dtype=np.float32), 6, kinds=(TINY, NGRAM))
-    random = evaluate_actor(uniform(0), 6, kinds=(TINY, NGRAM))
+    judge, ended = Judge(6, kinds=(TINY, NGRAM)), []
+    idle = judge(lambda x: np.zeros((len(x), 2), dtype=np.float32), ended.append)
+    random = judge(uniform(0))
+    assert ended == [3, 6]
     assert (idle.gains == 0.0).all()
     assert np.array_equal(idle.lr_errors, random.lr_errors)
     assert not (random.gains == 0.0).all()
     assert set(random.summary()) >= {"gain", "standard_error", "diverged"}
+
+
+@pytest.mark.parametrize("rule", [None, "lbw-guard"])
+def test_a_judge_measures_against_the_base_runs_that_an_environment_would_have(rule: str | None) -> None:
+    env = TINY.fleet(4, rule=rule)
+    act, observations, gains = uniform(1), env.reset(seed=5)[0], np.full(4, np.nan)
+    while np.isnan(gains).any():
+        observations, _, terminated, truncated, info = env.step(act(observations))
+        first = (terminated | truncated) & np.isnan(gains)
+        if first.any():
+            gains[first] = info["final_info"]["gain"][first]
+    judged = Judge(4, kinds=(TINY,), seed=5, rule=rule)(uniform(1))
+    assert judged.gains == pytest.approx(gains, abs=1e-6)
 
 
 def test_learns_to_repair_a_learning_rate_that_is_too_low(tmp_path: Path) -> None:
@@ -241,9 +256,10 @@ def test_learns_to_repair_a_learning_rate_that_is_too_low(tmp_path: Path) -> Non
     def act(observations: np.ndarray) -> np.ndarray:
         return result.actor((observations - result.mean) / result.std)
 
-    gain = evaluate_actor(act, 12, authority=authority, kinds=(slow,)).gains.mean()
+    judge = Judge(12, authority=authority, kinds=(slow,))
+    gain = judge(act).gains.mean()
     assert gain > 0.2
-    assert gain > evaluate_actor(uniform(0), 12, authority=authority, kinds=(slow,)).gains.mean()
+    assert gain > judge(uniform(0)).gains.mean()
 
 
 @pytest.mark.slow
@@ -253,7 +269,8 @@ def test_learns_to_govern_the_whole_task_distribution(tmp_path: Path) -> None:
     def act(observations: np.ndarray) -> np.ndarray:
         return result.actor((observations - result.mean) / result.std)
 
-    learned = evaluate_actor(act, 64).summary()
+    judge = Judge(64)
+    learned = judge(act).summary()
     assert learned["gain"] > 0.15
-    assert learned["gain"] > evaluate_actor(uniform(0), 64).summary()["gain"] + 0.5
+    assert learned["gain"] > judge(uniform(0)).summary()["gain"] + 0.5
     assert learned["diverged"] < 0.05

@@ -7,11 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
-from lbw_rl.envs.mixture import mixture_named
 from lbw_rl.policy import CARD_FILE, HEADER_FILE, load_policy, save_policy
 from lbw_rl.training_runs.actor import Actor
 from lbw_rl.training_runs.folders import prepare_output
-from lbw_rl.training_runs.policy_evaluation import Act, evaluate_actor, uniform
+from lbw_rl.training_runs.policy_evaluation import Act, uniform
 from lbw_rl.training_runs.policy_training import (
     CHECKPOINT_FILE,
     CURVE_FILE,
@@ -24,8 +23,13 @@ from lbw_rl.training_runs.workers import Backend
 
 UNTRAINED = "untrained"
 """Subfolder that holds the same network before training, frozen the same way: a control."""
-_PPO_NOTE = "return {return_mean:+.2f} clip {clip_fraction:.0%} entropy {entropy:+.2f}"
-_TRIALS_NOTE = "trials, {runs:.0f} runs in this part"
+_NOTES = {
+    "clip_fraction": "return {return_mean:+.2f} clip {clip_fraction:.0%} entropy {entropy:+.2f}",
+    "runs": "trials, {runs:.0f} runs in this part",
+    "stretches": "learning from {stretches:.0f} stretches of trials",
+    "judged": "judging what was learned, {judged:.0f} fresh proxies",
+}
+"""By what a record of progress tells."""
 
 
 class Meter(Protocol):
@@ -84,7 +88,7 @@ def train_and_freeze(
 
     def show(record: dict[str, float]) -> None:
         if meter is not None:
-            note = _PPO_NOTE if "clip_fraction" in record else _TRIALS_NOTE
+            note = next(text for name, text in _NOTES.items() if name in record)
             total = trials + decisions
             meter.update(min(total, int(record["decisions"])), total, note.format(**record))
 
@@ -106,13 +110,10 @@ def train_and_freeze(
         "untrained": _on_raw(result, result.untrained),
         "random": uniform(seed),
     }
-    options: dict[str, Any] = {
-        "kinds": tuple(dict.fromkeys(kind for kind, _ in mixture_named(mixture))),
-        "authority": result.authority,
-        "decide_every": result.decide_every,
-        "rule": rule,
+    judged = {
+        name: result.judge(act, lambda n: show({"decisions": trials + decisions, "judged": n})).summary()
+        for name, act in contenders.items()
     }
-    judged = {name: evaluate_actor(act, proxies, **options).summary() for name, act in contenders.items()}
     provenance = {**result.provenance, "trained_on_decisions": result.decisions, "proxy_evaluation": judged}
     before = {name: value for name, value in provenance.items() if name != "hindsight"}
     _freeze(folder / UNTRAINED, result, result.untrained, {**before, "trials": 0, "trained_on_decisions": 0})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -47,31 +47,54 @@ class Evaluation:
         }
 
 
-def evaluate_actor(
-    act: Act,
-    proxies: int = 128,
-    *,
-    kinds: Sequence[ProxyKind] = (ProxyKind(),),
-    seed: int = EVALUATION_SEED,
-    **arguments: Any,
-) -> Evaluation:
-    """Runs a policy over one episode of each of `proxies` fresh proxies.
+class Judge:
+    """Runs policies over one episode of each of M fresh proxies, the same for all; the base runs are made once.
 
     Args:
-        act: observations (n, features) → actions (n, 2).
-        proxies: number of runs; the same seed gives every policy the same ones.
+        proxies: M.
         kinds: of the proxies, as many of each as of the others, give or take one.
         seed: of the first proxy.
-        arguments: of `ProxyKind.fleet`.
+        arguments: of `ProxyKind.fleet`, but for `base_run`.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on busy cores, kernels this small wait longer for a second thread than they run
-    try:
+
+    def __init__(
+        self,
+        proxies: int = 128,
+        *,
+        kinds: Sequence[ProxyKind] = (ProxyKind(),),
+        seed: int = EVALUATION_SEED,
+        **arguments: Any,
+    ) -> None:
         sizes = [len(part) for part in np.array_split(np.arange(proxies), len(kinds))]
-        parts = [_episodes(act, kind.fleet(n, **arguments), seed) for kind, n in zip(kinds, sizes, strict=True) if n]
-        return Evaluation(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Evaluation)))
-    finally:
-        torch.set_num_threads(threads)
+        self._fleets = [(kind, n) for kind, n in zip(kinds, sizes, strict=True) if n]
+        self._seed, self._arguments = seed, arguments
+        self._base: FloatArray | None = None
+
+    def __call__(self, act: Act, progress: Callable[[int], None] | None = None) -> Evaluation:
+        """How a policy did.
+
+        Args:
+            act: observations (n, features) → actions (n, 2).
+            progress: told, after every kind, how many of the proxies have ended.
+        """
+        if self._base is None:
+            self._base = self._ends(_neutral, None).gains
+        ends = self._ends(act, progress)
+        return replace(ends, gains=ends.gains - self._base)
+
+    def _ends(self, act: Act, progress: Callable[[int], None] | None) -> Evaluation:
+        """Gains over the initial loss."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # on busy cores, kernels this small wait longer for a second thread than they run
+        try:
+            parts: list[Evaluation] = []
+            for kind, n in self._fleets:
+                parts.append(_episodes(act, kind.fleet(n, base_run=False, **self._arguments), self._seed))
+                if progress is not None:
+                    progress(sum(len(part.gains) for part in parts))
+            return Evaluation(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Evaluation)))
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _episodes(act: Act, env: ProxyTrainingVectorEnv, seed: int) -> Evaluation:
@@ -97,3 +120,7 @@ def uniform(seed: int = 0) -> Act:
     """A policy of uniformly random actions."""
     rng = np.random.default_rng(seed)
     return lambda observations: rng.uniform(-1.0, 1.0, (len(observations), 2)).astype(np.float32)
+
+
+def _neutral(observations: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.zeros((len(observations), 2), dtype=np.float32)

@@ -22,13 +22,13 @@ from lbw_rl.training_runs.actor import Actor, actor_of
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
 from lbw_rl.training_runs.fleets import fleets
 from lbw_rl.training_runs.hindsight import Hindsight
-from lbw_rl.training_runs.policy_evaluation import evaluate_actor
+from lbw_rl.training_runs.policy_evaluation import Judge
 from lbw_rl.training_runs.ppo_session import CHECKPOINT_FILE, CURVE_FILE, PPOSession, PPOSettings
 from lbw_rl.training_runs.training_monitor import Progress
 from lbw_rl.training_runs.trials_stage import in_blocks, learn_from_trials
 from lbw_rl.training_runs.workers import Backend
 
-__all__ = ["CHECKPOINT_FILE", "CURVE_FILE", "STEERING", "PPOSettings", "TrainingResult", "evaluate_actor", "train"]
+__all__ = ["CHECKPOINT_FILE", "CURVE_FILE", "STEERING", "PPOSettings", "TrainingResult", "train"]
 
 
 STEERING = PPOSettings(log_std_init=-0.7, learning_rate=3e-3)
@@ -50,6 +50,7 @@ class TrainingResult:
         decide_every: optimizer steps per decision.
         decisions: decisions seen in training.
         return_mean: mean return of the last episodes.
+        judge: of policies, on fresh proxies of the training's kinds, authority and pace.
         provenance: seeds, task distribution, settings, package versions; JSON data.
     """
 
@@ -63,6 +64,7 @@ class TrainingResult:
     decide_every: int
     decisions: int
     return_mean: float
+    judge: Judge
     provenance: dict[str, Any]
 
 
@@ -92,8 +94,8 @@ def train(
         seed: of tasks, weights and exploration.
         out: folder for the learning curve, the trials and the checkpoint.
         progress: called after every rollout with "decisions", "return_mean", "clip_fraction" (share of the actions
-            that lay outside [-1, 1] before clipping), "entropy", "diverged" and "eta_seconds"; during trials after every
-            decision of all proxies, with "decisions" and the part's "runs".
+            that lay outside [-1, 1] before clipping), "entropy", "diverged" and "eta_seconds"; during trials as told in
+            `learn_from_trials`.
         settings: of PPO; default: `STEERING` with a rule, else those of `PPOSettings`.
         authority: bounds on the actions.
         decide_every: optimizer steps per decision; default: 4 with a rule, which itself acts at every step, else 2.
@@ -104,7 +106,7 @@ def train(
         backend: "local": every fleet in a thread; "ray": in a process of a Ray cluster. The policy is the same, bit for bit.
         resume: go on from the checkpoint and the trials in `out`, if there are any.
         trials: decisions of trials, over all proxies.
-        proxies: fresh ones on which what trials told is judged, along the learning curve.
+        proxies: fresh ones that the result's judge has, and the points of the learning curve of trials.
 
     Raises:
         ValueError: nothing to train on, trials without a rule, an unknown mixture, or a checkpoint of another training.
@@ -120,12 +122,9 @@ def train(
         decide_every = 2 if rule is None else 4
     name, kinds = (mixture, mixture_named(mixture)) if isinstance(mixture, str) else (None, mixture)
     out.mkdir(parents=True, exist_ok=True)
-    arguments: dict[str, Any] = {
-        "authority": authority,
-        "decide_every": decide_every,
-        "base_run": settings.base_run or rule is not None,
-        "rule": rule,
-    }
+    governing: dict[str, Any] = {"authority": authority, "decide_every": decide_every, "rule": rule}
+    arguments = {**governing, "base_run": settings.base_run or rule is not None}
+    judge = Judge(proxies, kinds=tuple(dict.fromkeys(kind for kind, _ in kinds)), **governing)
     if not resume:
         (out / CURVE_FILE).unlink(missing_ok=True)
     threads = torch.get_num_threads()
@@ -134,13 +133,7 @@ def train(
         provenance = _provenance(decisions, seed, settings, authority, decide_every, rule, name, kinds, trials)
         hindsight = None
         if trials:
-
-            def judge(found: Hindsight) -> dict[str, float]:
-                once = tuple(dict.fromkeys(kind for kind, _ in kinds))
-                options: dict[str, Any] = {"authority": authority, "decide_every": decide_every, "rule": rule}
-                return evaluate_actor(found.act, proxies, kinds=once, **options).summary()
-
-            with fleets(in_blocks(kinds), {**arguments, "base_run": False}, backend) as environments:
+            with fleets(in_blocks(kinds), {**governing, "base_run": False}, backend) as environments:
                 env = FleetVecEnv(environments)
                 hindsight = learn_from_trials(
                     env, trials, seed, out, settings.hidden_sizes, provenance, judge, progress, resume
@@ -154,13 +147,13 @@ def train(
                 session.begin_with(hindsight.actor.of_raw(hindsight.mean, hindsight.std))
             session.run()
             env.close()
-            return _result(session, authority, decide_every, hindsight)
+            return _result(session, authority, decide_every, hindsight, judge)
     finally:
         torch.set_num_threads(threads)
 
 
 def _result(
-    session: PPOSession, authority: Authority, decide_every: int, hindsight: Hindsight | None
+    session: PPOSession, authority: Authority, decide_every: int, hindsight: Hindsight | None, judge: Judge
 ) -> TrainingResult:
     """The actor in terms of normalised observations."""
     if hindsight is not None and not session.decisions:
@@ -179,6 +172,7 @@ def _result(
         decide_every=decide_every,
         decisions=session.decisions,
         return_mean=session.monitor.return_mean,
+        judge=judge,
         provenance={**session.provenance, **told},
     )
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lbw_rl.envs.mixture import Mixture
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
 from lbw_rl.training_runs.hindsight import BLOCK, Hindsight, Trials, gather, learn
+from lbw_rl.training_runs.policy_evaluation import Judge
 from lbw_rl.training_runs.ppo_session import CURVE_FILE, stream
 from lbw_rl.training_runs.training_monitor import Progress, curve_up_to
 
@@ -31,7 +33,7 @@ def learn_from_trials(
     out: Path,
     hidden: Sequence[int],
     provenance: dict[str, Any],
-    judge: Callable[[Hindsight], dict[str, float]],
+    judge: Judge,
     progress: Progress | None,
     resume: bool,
 ) -> Hindsight:
@@ -45,12 +47,18 @@ def learn_from_trials(
         hidden: widths of the actor's layers.
         provenance: of the training; parts of another are refused.
         judge: tells how good a policy is.
-        progress: told "decisions", and the part's "runs" in whole blocks, after every decision of all runs.
+        progress: told "decisions", with the part's "runs" in whole blocks after every decision of all runs, "stretches" when
+            they are learned from, and how many proxies were "judged" of a policy.
         resume: take the parts that are there.
 
     Raises:
         ValueError: a part of another training, or fewer than five blocks.
     """
+
+    def tell(decisions: int, what: str, count: int) -> None:
+        if progress is not None:
+            progress({"decisions": float(decisions), what: float(count)})
+
     curve = out / CURVE_FILE
     parts: list[Trials] = []
     found = None
@@ -60,20 +68,21 @@ def learn_from_trials(
             parts.append(Trials.load(path, provenance))
         else:
 
-            def tell(done: int, runs: int, first: int = first) -> None:
-                if progress is not None:
-                    progress({"decisions": float(first + done), "runs": float(runs)})
+            def gathered(done: int, runs: int, first: int = first) -> None:
+                tell(first + done, "runs", runs)
 
-            parts.append(gather(env, last - first, stream(seed, _STREAM + number), tell))
+            parts.append(gather(env, last - first, stream(seed, _STREAM + number), gathered))
             parts[-1].save(path, provenance)
         known = curve_up_to(curve, last)
         judged = any(line["decisions"] == last for line in known)
         if last == decisions or not judged:
-            found = learn(Trials.joined(parts), seed, hidden)
+            so_far = Trials.joined(parts)
+            tell(last, "stretches", len(so_far))
+            found = learn(so_far, seed, hidden)
             if not judged:
+                tell(last, "judged", 0)
+                gains = judge(found.act, partial(tell, last, "judged")).summary()
                 with curve.open("a", encoding="utf-8") as file:
-                    file.write(
-                        json.dumps({"decisions": last, "runs": BLOCK * found.report["blocks"], **judge(found)}) + "\n"
-                    )
+                    file.write(json.dumps({"decisions": last, "runs": BLOCK * found.report["blocks"], **gains}) + "\n")
     assert found is not None, "no decisions"
     return found
