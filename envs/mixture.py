@@ -49,13 +49,18 @@ class ProxyKind:
             **arguments,
         )
 
+    @property
+    def drawn_corpora(self) -> tuple[str, ...]:
+        """Names of the texts that tasks are drawn from: the chosen ones, or all of the split."""
+        return tuple(corpora_of(self.shape.name, self.split)) if self.corpora is None else self.corpora
+
     def record(self) -> dict[str, Any]:
         """What tasks of this kind are drawn from, as JSON data."""
         fields = {name: asdict(getattr(self, name)) for name in ("shape", "batch", "variety")}
         plain = {name: getattr(self, name) for name in ("horizon", "lr_error", "well_tuned", "split")}
         return {
             "model": self.shape.name,
-            "corpora": self.corpora or corpora_of(self.shape.name, self.split),
+            "corpora": self.drawn_corpora,
             **plain,
             **fields,
         }

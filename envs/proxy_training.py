@@ -176,7 +176,13 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
             raise ValueError(f"text={text} is no file; accepted: the path of a UTF-8 text file")
         family: Family = shape or FleetShape()
         accepted = corpora_of(family.name, split, text=file is not None, tokens=True)
-        for name in corpora or ():
+        if corpora is None:
+            corpora = corpora_of(family.name, split, text=file is not None)
+        if not corpora:
+            raise ValueError(
+                f"corpora: none given; accepted: one or more of {', '.join(accepted)}, or None for all of them"
+            )
+        for name in corpora:
             if name not in accepted:
                 raise ValueError(
                     f"corpora: {name!r} makes no {split} tasks of {family.name}; accepted: {', '.join(accepted)}"
@@ -188,7 +194,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
             "lr_error": lr_error,
             "well_tuned": well_tuned,
             "model": family.name,
-            "corpora": tuple(corpora or corpora_of(family.name, split, text=file is not None)),
+            "corpora": tuple(corpora),
             "variety": variety,
         }
         self._data = ProxyData(num_envs, horizon[1] + decide_every, family, batch or BatchShape(), file)

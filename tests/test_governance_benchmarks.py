@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ pytest.importorskip("transformers", reason="needs the extra lbw-rl[hf]")
 
 from lbw_rl import Context, Telemetry
 from lbw_rl.controllers.lbw_guard import LBWGuard
+from lbw_rl.controllers.ppo import newest_pretrained
+from lbw_rl.envs.recipe import load_recipe
 from lbw_rl.training_runs.benchmarks import ablation, in_trainer
 from lbw_rl.update_target import DISPLACEMENT
 
@@ -127,6 +130,16 @@ def test_passages_of_a_ledger() -> None:
 
     assert in_trainer.passages(ledger([1.0, 4.0] * 6)) == pytest.approx([2.0] * 6)
     assert in_trainer.passages(ledger([1.0, 3.0])) == [1.0, pytest.approx(3.0)]
+
+
+def test_in_trainer_another_policy_in_the_same_folder_is_another_arm(tmp_path: Path) -> None:
+    recipe, folder = load_recipe("mini-qwen2-1m"), str(tmp_path / "policy")
+    keys = []
+    for kind in ("ppo", "direct"):
+        shutil.copytree(newest_pretrained(kind), folder, dirs_exist_ok=True)
+        keys.append([in_trainer.Cell(arm, 1.0, recipe, "").key for arm in (folder, "lbw-guard")])
+    assert keys[0][0] != keys[1][0]
+    assert keys[0][1] == keys[1][1]
 
 
 @pytest.mark.slow

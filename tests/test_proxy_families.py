@@ -172,6 +172,8 @@ def test_corpora_of_ones_own_choice_are_all_there_is() -> None:
     for name in ("brackets", "latin"):  # of the test split; of none
         with pytest.raises(ValueError, match=f"corpora: '{name}' makes no train tasks of llama; accepted: markov-1, "):
             make("llama", corpora=(name,))
+    with pytest.raises(ValueError, match="corpora: none given; accepted: one or more of markov-1, "):
+        make("llama", corpora=())
 
 
 def test_bad_splits_and_tasks_of_another_family_are_refused() -> None:

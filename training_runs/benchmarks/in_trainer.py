@@ -26,9 +26,11 @@ from typing import Any
 from rich.table import Table
 
 from lbw_rl.cli.console import meter, out
+from lbw_rl.controllers.ppo import newest_pretrained
 from lbw_rl.envs.corpus import Batches, held_out_windows, load_corpus
 from lbw_rl.envs.model import build_model
 from lbw_rl.envs.recipe import Recipe, load_recipe, override
+from lbw_rl.policy import HEADER_FILE, load_policy
 from lbw_rl.training_runs.benchmarks.records import Rows, fingerprint, machine, refuse_faults, run_missing
 from lbw_rl.training_runs.folders import read_jsonl, write_json
 from lbw_rl.training_runs.grid import parse_multiplier
@@ -52,10 +54,16 @@ class Cell:
     @property
     def key(self) -> str:
         """What identifies its row: everything that decides the run."""
-        return fingerprint([self.arm, self.multiplier, self.recipe.model_dump(mode="json")])
+        return fingerprint([self.arm, _weights(self.arm), self.multiplier, self.recipe.model_dump(mode="json")])
 
     def __str__(self) -> str:
         return f"{self.arm} × {self.multiplier:.3g} seed {self.recipe.train.seed}"
+
+
+def _weights(arm: str) -> str | None:
+    """SHA-256 of a policy's, so that another one in the same folder is another arm; None for a rule."""
+    folder = newest_pretrained() if arm == "ppo" else Path(arm)
+    return load_policy(folder).header.weights_sha256 if (folder / HEADER_FILE).exists() else None
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from lbw_rl.envs.families.lora import LoRAShape
 from lbw_rl.envs.families.transformer import FleetShape
 from lbw_rl.envs.mixture import ProxyKind
 from lbw_rl.envs.proxy_data import BatchShape
-from lbw_rl.envs.splits import corpora_of
 from lbw_rl.envs.tasks import TRAINING_CORPORA, WIDE, Tasks, sample_tasks
 
 MULTIPLIERS = (1 / 30, 1.0, 30.0)
@@ -52,7 +51,7 @@ class Tier:
             tuned_lr=kind.shape.tuned_lr,
             well_tuned=1.0,
             model=kind.shape.name,
-            corpora=kind.corpora or corpora_of(kind.shape.name, kind.split),
+            corpora=kind.drawn_corpora,
             variety=kind.variety,
         )
         seeds = rng.integers(0, 2**62, (self.tasks, SEEDS))
