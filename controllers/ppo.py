@@ -17,8 +17,9 @@ from lbw_rl.features import FEATURES, FeatureTracker
 from lbw_rl.policy import PolicyError, load_policy
 from lbw_rl.registry import load_controller
 from lbw_rl.signals import Telemetry
-from lbw_rl.steering import relative, steered
+from lbw_rl.steering import Stretches, relative, steered
 
+_PROGRESS = list(FEATURES).index("progress")
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
@@ -44,7 +45,8 @@ class FrozenPolicy(Controller):
 
     Its two outputs in [-1, 1] map log-linearly onto the authority that it was trained under, or onto multiples of what
     a rule proposes (`lbw_rl.steering`); the governor's own authority then clips them like any other controller's. A rule acts at its
-    own pace, and the multiples hold for as many steps as the policy was trained to decide for. Features far outside the
+    own pace, and the multiples hold for as many steps as the policy was trained to decide for, or through a stretch of the run
+    (`lbw_rl.steering.Stretches`). Features far outside the
     training distribution are counted, and past a stated rate the header's rule-based fallback takes over for good. It
     governs from the start where the run is of a kind that can be told beforehand and that training had none of: low-rank
     adapters.
@@ -90,6 +92,7 @@ class FrozenPolicy(Controller):
         self._proposed = math.nan  # by the rule, at the decision before
         self._unit, self._unfamiliarity = (0.0, 0.0), 0.0
         self._held = 0  # decisions of the rule since the policy's own last one
+        self._stretches = Stretches(1, self.policy.header.stretches)
         self._fallback.reset(context)
 
     def act(self, telemetry: Telemetry) -> Action:
@@ -126,6 +129,7 @@ class FrozenPolicy(Controller):
         """The policy's own decision, and whether it was asked about something that it knows."""
         fallback = self.policy.header.fallback
         features = self._tracker(signals)[0]
+        begins = bool(self._stretches((features[_PROGRESS, None] + 1) / 2)[0])
         features[self._blind] = 0.0
         self._unfamiliarity = float((np.abs(features - self.policy.mean) / self.policy.std).max())
         unfamiliar = self._unfamiliarity > fallback.feature_z
@@ -133,8 +137,9 @@ class FrozenPolicy(Controller):
         self._recent.append(unfamiliar)
         if len(self._recent) == fallback.window and sum(self._recent) / fallback.window > fallback.rate:
             self._fallen_back = True
-        lr, momentum = (float(a) for a in self.policy.action(features))
-        self._unit = (lr, momentum)
+        if begins:
+            lr, momentum = (float(a) for a in self.policy.action(features))
+            self._unit = (lr, momentum)
 
     def state_dict(self) -> dict[str, Any]:
         """Feature means, out-of-distribution record and the fallback's own state."""
@@ -147,6 +152,7 @@ class FrozenPolicy(Controller):
             "unit": list(self._unit),
             "unfamiliarity": self._unfamiliarity,
             "held": self._held,
+            "stretches": self._stretches.state_dict(),
             "fallback": self._fallback.state_dict(),
         }
 
@@ -158,6 +164,7 @@ class FrozenPolicy(Controller):
         self._proposed = math.nan if state["proposed"] is None else state["proposed"]
         self._unit = (float(state["unit"][0]), float(state["unit"][1]))
         self._unfamiliarity, self._held = state["unfamiliarity"], state["held"]
+        self._stretches.load_state_dict(state["stretches"])
         self._fallback.load_state_dict(state["fallback"])
 
     def summary(self) -> dict[str, Any]:

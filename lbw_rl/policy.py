@@ -87,6 +87,12 @@ class PolicyHeader(BaseModel):
     )
     authority: Authority = Field(description="authority that it was trained under")
     decide_every: int = Field(ge=1, description="optimizer steps per decision")
+    stretches: int | None = Field(
+        None,
+        ge=1,
+        description="equal parts of a run in each of which one action is held: that at the first decision of the part, but in the first part, "
+        "which begins neutral, that at the run's second; null: an action for every decision",
+    )
     fallback: Fallback = Field(description="when a rule takes over", default_factory=Fallback)
     provenance: dict[str, Any] = Field(description="seeds, task distribution, package versions")
     weights_sha256: str = Field(description="SHA-256 of policy.safetensors")
@@ -151,6 +157,7 @@ def save_policy(
     provenance: dict[str, Any],
     card: str,
     rule: str | None = None,
+    stretches: int | None = None,
 ) -> Path:
     """Freezes an actor into `folder`: weights, header and model card.
 
@@ -162,6 +169,7 @@ def save_policy(
         provenance: JSON data on seeds, tasks and versions.
         card: text of CARD.md.
         rule: name of the controller that its actions are relative to, which acts at every step; it is then the fallback as well.
+        stretches: parts of a run in each of which an action is held; None: an action for every decision.
 
     Raises:
         PolicyError: the layers do not fit the features or hold a non-finite value.
@@ -185,6 +193,7 @@ def save_policy(
         decide_every=decide_every,
         relative_to=rule or "schedule",
         rule_every=None if rule is None else 1,
+        stretches=stretches,
         fallback=Fallback() if rule is None else Fallback(controller=rule),
         provenance=provenance,
         weights_sha256=hashlib.sha256(weights).hexdigest(),

@@ -1,10 +1,13 @@
-"""Actions relative to a rule: what a policy multiplies, and what it is told of its last multiple."""
+"""Actions relative to a rule: what a policy multiplies, what it is told of its last multiple, and how long one holds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lbw_rl.action import Action, Directive, log_interpolate
 
@@ -40,3 +43,35 @@ def relative(signals: Mapping[str, Any], proposed_lr_scale: Any) -> dict[str, An
         proposed_lr_scale: by the rule at the decision before, of the same shape; NaN before the first.
     """
     return {**signals, "lr_scale": signals["lr_scale"] / proposed_lr_scale}
+
+
+class Stretches:
+    """Tells n runs when a new action is due: where a part of the run begins, or at every decision.
+
+    The first part begins at a run's second decision: at the first nothing is measured yet.
+
+    Args:
+        n: number of runs.
+        parts: equal parts of a run in each of which one action is held; None: every decision has its own.
+    """
+
+    def __init__(self, n: int, parts: int | None) -> None:
+        self._parts = parts
+        self._at = np.full(n, -2)  # the part that a run is in; -2: not asked yet; -1: asked once
+
+    def __call__(self, progress: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+        """One decision: done share of each run, shape (n,) → which take a new action."""
+        if self._parts is None:
+            return np.ones(len(self._at), dtype=bool)
+        part = np.floor(self._parts * progress + 1e-6).clip(0, self._parts - 1).astype(int)  # single precision must do
+        due: NDArray[np.bool_] = (self._at > -2) & (part > self._at)
+        self._at = np.where(self._at == -2, -1, np.maximum(self._at, part))
+        return due
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the runs are."""
+        return {"at": self._at.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict`."""
+        self._at = np.array(state["at"])

@@ -34,6 +34,7 @@ TINY = ProxyKind(
     horizon=(6, 14),
 )
 NGRAM = replace(TINY, shape=NGramShape(vocab=16, context=2, width=4, hidden=8))
+PROGRESS = list(FEATURES).index("progress")
 SHORT = PPOSettings(n_steps=4, batch_size=16, n_epochs=2, rollouts_per_segment=2)
 
 
@@ -244,6 +245,18 @@ def test_a_judge_measures_against_the_base_runs_that_an_environment_would_have(r
             gains[first] = info["final_info"]["gain"][first]
     judged = Judge(4, kinds=(TINY,), seed=5, rule=rule)(uniform(1))
     assert judged.gains == pytest.approx(gains, abs=1e-6)
+
+
+def test_a_judge_holds_what_a_policy_answers_when_a_stretch_begins() -> None:
+    def turning(x: np.ndarray) -> np.ndarray:
+        return np.where(x[:, [PROGRESS]] < 0.0, -0.9, 0.9).astype(np.float32).repeat(2, axis=1)
+
+    def steady(x: np.ndarray) -> np.ndarray:
+        return np.where(x[:, [PROGRESS]] == -1.0, 0.0, -0.9).astype(np.float32).repeat(2, axis=1)
+
+    judge = Judge(3, kinds=(TINY,))
+    assert np.array_equal(judge(turning, stretches=1).gains, judge(steady).gains)
+    assert not np.array_equal(judge(turning, stretches=2).gains, judge(steady).gains)
 
 
 def test_learns_to_repair_a_learning_rate_that_is_too_low(tmp_path: Path) -> None:

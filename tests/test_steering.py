@@ -14,7 +14,7 @@ from lbw_rl import FEATURES, Action, Authority, Context, Governor, Telemetry, lo
 from lbw_rl.action import Directive
 from lbw_rl.json_state import from_json, to_json
 from lbw_rl.policy import PolicyError, save_policy
-from lbw_rl.steering import REACH, relative, steered
+from lbw_rl.steering import REACH, Stretches, relative, steered
 
 
 @given(st.floats(1e-6, 1e6), st.floats(1e-3, 1e3), st.tuples(st.floats(-9, 9), st.floats(-9, 9)))
@@ -44,7 +44,7 @@ def test_the_last_scale_is_seen_in_units_of_the_proposal():
     assert seen["loss"].tolist() == [1.0, 2.0]
 
 
-def frozen(folder, bias, weights=0.0, rule="lbw-guard", every=1):
+def frozen(folder, bias, weights=0.0, rule="lbw-guard", every=1, stretches=None):
     """A policy whose outputs are `bias` plus `weights` times a random mixture of its features."""
     mixture = np.random.default_rng(0).normal(size=(2, len(FEATURES))).astype(np.float32) / math.sqrt(len(FEATURES))
     return save_policy(
@@ -57,6 +57,7 @@ def frozen(folder, bias, weights=0.0, rule="lbw-guard", every=1):
         provenance={"rule": rule},
         card="# Card",
         rule=rule,
+        stretches=stretches,
     )
 
 
@@ -96,8 +97,9 @@ def test_adapters_are_left_to_the_rule(tmp_path):
         assert policy.summary()["fallback_active"] is low_rank
 
 
-def test_a_restored_policy_goes_on_as_if_nothing_had_happened(tmp_path):
-    folder = str(frozen(tmp_path / "mixed", (0.3, 0.0), weights=5.0, every=4))  # restored within a hold
+@pytest.mark.parametrize("stretches", [None, 12])
+def test_a_restored_policy_goes_on_as_if_nothing_had_happened(tmp_path, stretches):
+    folder = str(frozen(tmp_path / "mixed", (0.3, 0.0), weights=5.0, every=4, stretches=stretches))  # within a hold
     one, other = load_controller(folder), load_controller(folder)
     for controller in (one, other):
         controller.reset(Context(total_steps=100, weights=1000, momentum=0.9))
@@ -134,6 +136,38 @@ def test_the_rule_acts_at_every_step_and_the_multiples_hold_for_theirs(tmp_path)
     held = np.array(multiples).reshape(3, 4)
     assert held == pytest.approx(held[:, :1].repeat(4, axis=1))
     assert len(set(held[:, 0].round(6))) > 1
+
+
+def test_an_action_is_due_where_a_part_of_the_run_begins():
+    stretches = Stretches(2, 3)
+    due = [stretches(np.array([k / 9, min(1.0, k / 3)], dtype=np.float32)).tolist() for k in range(10)]
+    one, other = ([k for k in range(10) if row[k]] for row in zip(*due, strict=True))
+    assert one == [1, 3, 6]
+    assert other == [1, 2]  # the first part was over before anything was measured
+    again = Stretches(2, 3)
+    again.load_state_dict(from_json(to_json(stretches.state_dict())))
+    assert not again(np.array([0.0, 1.0])).any()
+    always = Stretches(2, None)
+    assert always(np.zeros(2)).all()
+
+
+def test_a_policy_of_stretches_holds_its_multiples_through_each(tmp_path):
+    policy = load_controller(frozen(tmp_path / "mixed", (0.1, 0.0), weights=1.0, every=2, stretches=3))
+    for horizon in (30, None):
+        rule = load_controller("lbw-guard")
+        for controller in (policy, rule):
+            controller.reset(Context(total_steps=horizon, weights=1000, momentum=0.9))
+        multiples, last = [], 1.0
+        for step in range(30):
+            t = Telemetry(
+                step=step, progress=step / horizon if horizon else math.nan, learning_rate=1e-3, lr_scale=last, momentum_scale=1.0,
+                loss=3 - step / 100, grad_norm=1 + step % 5, update_ratio=0.01, weight_rms=0.02,
+            )  # fmt: skip
+            proposed, last = rule.act(t).lr_scale, policy.act(t).lr_scale
+            multiples.append(round(last / proposed, 9))
+        changes = [k for k in range(1, 30) if multiples[k] != multiples[k - 1]]
+        assert multiples[0] == 1.0
+        assert changes == ([2, 10, 20] if horizon else [2])
 
 
 def test_a_rule_keeps_the_pace_that_the_policy_was_trained_with(tmp_path):

@@ -111,7 +111,9 @@ def train_and_freeze(
         "random": uniform(seed),
     }
     judged = {
-        name: result.judge(act, lambda n: show({"decisions": trials + decisions, "judged": n})).summary()
+        name: result.judge(
+            act, lambda n: show({"decisions": trials + decisions, "judged": n}), result.stretches
+        ).summary()
         for name, act in contenders.items()
     }
     provenance = {**result.provenance, "trained_on_decisions": result.decisions, "proxy_evaluation": judged}
@@ -197,6 +199,7 @@ def _freeze(folder: Path, result: TrainingResult, actor: Actor, provenance: dict
         provenance=provenance,
         card=_card(provenance),
         rule=provenance["rule"],
+        stretches=result.stretches,
     )
 
 

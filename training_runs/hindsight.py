@@ -39,10 +39,12 @@ _STD_FLOOR = 0.1
 BLOCK = 4
 """Runs of a block. Against a base run for each, at the same cost, it is three times as much information: twice the runs, and
 a mean of three others is less noisy than one run."""
+STRETCHES = 3
+"""Parts of a run, each under a multiple of its own; of random length in trials, of equal length under the policy that they teach."""
 _FOLDS, _REPETITIONS = 5, 2
 _HIDDEN = 16
 _STEPS = 4000  # of the actor's fit
-_NEARBY = (0.5, 1.5)  # deviations by which observations are moved to make up some that no trial met
+_NEARBY = (0.5, 1.5)  # deviations by which observations are moved to make up some that no trial began with
 
 
 def refuse_another_training(path: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -54,21 +56,19 @@ def refuse_another_training(path: Path, ours: dict[str, Any], theirs: dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class Trials:
-    """S stretches of runs, each under multiples drawn for it, and D observations met on the way.
+    """S stretches of runs, each under multiples drawn for it.
 
     Attributes:
         observations: when a stretch began, shape (S, features).
         actions: held through it, shape (S, 2).
         gains: final held-out loss of its run below the mean of the others in its block, nats per token, shape (S,).
         blocks: index of its run's block, shape (S,).
-        met: observations at all decisions, shape (D, features).
     """
 
     observations: NDArray[np.float32]
     actions: NDArray[np.float32]
     gains: FloatArray
     blocks: NDArray[np.int64]
-    met: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.gains)
@@ -102,12 +102,12 @@ class Trials:
 
 
 class _Trial:
-    """One run: neutral at its first decision, of which nothing is measured yet, then three stretches."""
+    """One run: neutral at its first decision, of which nothing is measured yet, then `STRETCHES`."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         first = rng.uniform(0.1, 0.5)
         self._ends = (first, rng.uniform(first + 0.1, 0.9))
-        self._multiples = rng.uniform(-1.0, 1.0, (3, _ACTIONS)).astype(np.float32)
+        self._multiples = rng.uniform(-1.0, 1.0, (STRETCHES, _ACTIONS)).astype(np.float32)
         # Towards the ends of the reach, where there is more to see of the learning rate's effect.
         self._multiples[:, 0] = np.sign(self._multiples[:, 0]) * np.sqrt(np.abs(self._multiples[:, 0]))
         self._begun = False
@@ -145,10 +145,8 @@ def gather(env: FleetVecEnv, decisions: int, seed: int, progress: Callable[[int,
     starts: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
     gains: list[float] = []
     blocks: list[int] = []
-    met = []
     done, whole = 0, 0
     while done < decisions:
-        met.append(observations)
         actions = np.stack([trial.action(x) for trial, x in zip(trials, observations, strict=True)])
         step: tuple[Any, ...] = env.step(actions)
         observations, _, finished, infos = step
@@ -174,7 +172,6 @@ def gather(env: FleetVecEnv, decisions: int, seed: int, progress: Callable[[int,
         actions=np.array([u for _, u in starts], dtype=np.float32).reshape(-1, _ACTIONS),
         gains=np.array(gains, dtype=np.float64),
         blocks=np.array(blocks, dtype=np.int64),
-        met=np.concatenate(met).astype(np.float32),
     )
 
 
@@ -253,8 +250,9 @@ def learn(
     """Fits the effects several times over, each on four fifths of the blocks, and an actor to what all fits vouch for.
 
     The actor takes, for each action, the u of the largest (mean − `caution` · standard deviation over the fits) of α·u − β·u²: none
-    where they do not agree that it gains. It is fitted to that on the observations that were met, and on as many moved away
-    from them, where the fits part and it learns to leave a run to the rule.
+    where they do not agree that it gains. It is fitted to that on the observations that stretches began with, and on as many moved
+    away from them, where the fits part and it learns to leave a run to the rule. It is to be asked when a stretch begins, since only
+    there trials tell what a multiple is worth, and what it answers is to be held through it.
 
     Args:
         trials: of at least five blocks.
@@ -282,8 +280,7 @@ def learn(
         fold[np.random.default_rng([seed, repetition]).permutation(count)] = np.arange(count) % _FOLDS
         left_out += [torch.from_numpy(fold[trials.blocks] == k) for k in range(_FOLDS)]
     effects, reports = _fit(x, u, gains, torch.stack(left_out), epochs, generator)
-    met = torch.from_numpy(((trials.met - mean) / std).astype(np.float32))
-    near = torch.cat([met, *(met + d * torch.randn(met.shape, generator=generator) for d in _NEARBY)])
+    near = torch.cat([x, *(x + d * torch.randn(x.shape, generator=generator) for d in _NEARBY)])
     actor = _imitate(near, _vouched_for(effects, near, caution), hidden, generator)
     return Hindsight(
         actor=actor, mean=mean, std=std, report={"blocks": count, "stretches": len(trials), "fits": reports}

@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 
 from lbw_rl.envs.mixture import ProxyKind
 from lbw_rl.envs.proxy_training import ProxyTrainingVectorEnv
+from lbw_rl.features import FEATURES
+from lbw_rl.steering import Stretches
+
+_PROGRESS = list(FEATURES).index("progress")
 
 FloatArray = NDArray[np.float64]
 Act = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -70,26 +74,30 @@ class Judge:
         self._seed, self._arguments = seed, arguments
         self._base: FloatArray | None = None
 
-    def __call__(self, act: Act, progress: Callable[[int], None] | None = None) -> Evaluation:
+    def __call__(
+        self, act: Act, progress: Callable[[int], None] | None = None, stretches: int | None = None
+    ) -> Evaluation:
         """How a policy did.
 
         Args:
             act: observations (n, features) → actions (n, 2).
             progress: told, after every kind, how many of the proxies have ended.
+            stretches: parts of a run in each of which one action is held; None: an action for every decision.
         """
         if self._base is None:
-            self._base = self._ends(_neutral, None).gains
-        ends = self._ends(act, progress)
+            self._base = self._ends(_neutral, None, None).gains
+        ends = self._ends(act, progress, stretches)
         return replace(ends, gains=ends.gains - self._base)
 
-    def _ends(self, act: Act, progress: Callable[[int], None] | None) -> Evaluation:
-        """Gains over the initial loss."""
+    def _ends(self, act: Act, progress: Callable[[int], None] | None, stretches: int | None) -> Evaluation:
+        """One episode of every proxy, with gains over the initial loss."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # on busy cores, kernels this small wait longer for a second thread than they run
         try:
             parts: list[Evaluation] = []
             for kind, n in self._fleets:
-                parts.append(_episodes(act, kind.fleet(n, base_run=False, **self._arguments), self._seed))
+                env = kind.fleet(n, base_run=False, **self._arguments)
+                parts.append(_episodes(act, env, self._seed, stretches))
                 if progress is not None:
                     progress(sum(len(part.gains) for part in parts))
             return Evaluation(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Evaluation)))
@@ -97,14 +105,17 @@ class Judge:
             torch.set_num_threads(threads)
 
 
-def _episodes(act: Act, env: ProxyTrainingVectorEnv, seed: int) -> Evaluation:
-    """One episode of every run of `env`."""
+def _episodes(act: Act, env: ProxyTrainingVectorEnv, seed: int, stretches: int | None) -> Evaluation:
+    """One episode of every run of `env`, with gains over the initial loss."""
     proxies = env.num_envs
     observations, _ = env.reset(seed=seed)
     result = Evaluation(np.zeros(proxies), np.zeros(proxies), np.zeros(proxies, dtype=bool))
     running = np.ones(proxies, dtype=bool)
+    due, actions = Stretches(proxies, stretches), np.zeros((proxies, 2), dtype=np.float32)
     while running.any():
-        observations, _, terminated, truncated, info = env.step(act(observations))
+        begins = due((observations[:, _PROGRESS] + 1) / 2)
+        actions = np.where(begins[:, None], act(observations), actions)
+        observations, _, terminated, truncated, info = env.step(actions)
         finished = (terminated | truncated) & running
         if finished.any():
             final = info["final_info"]

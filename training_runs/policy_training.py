@@ -21,7 +21,7 @@ from lbw_rl.features import FEATURE_SCHEMA, FEATURES
 from lbw_rl.training_runs.actor import Actor, actor_of
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
 from lbw_rl.training_runs.fleets import fleets
-from lbw_rl.training_runs.hindsight import Hindsight
+from lbw_rl.training_runs.hindsight import STRETCHES, Hindsight
 from lbw_rl.training_runs.policy_evaluation import Judge
 from lbw_rl.training_runs.ppo_session import CHECKPOINT_FILE, CURVE_FILE, PPOSession, PPOSettings
 from lbw_rl.training_runs.training_monitor import Progress
@@ -48,6 +48,8 @@ class TrainingResult:
         features: names of the observations, in order.
         authority: bounds that it was trained under.
         decide_every: optimizer steps per decision.
+        stretches: parts of a run in each of which the actor's answer is to be held, as in the trials that it learned from; None: it
+            answers at every decision.
         decisions: decisions seen in training.
         return_mean: mean return of the last episodes.
         judge: of policies, on fresh proxies of the training's kinds, authority and pace.
@@ -62,6 +64,7 @@ class TrainingResult:
     features: list[str]
     authority: Authority
     decide_every: int
+    stretches: int | None
     decisions: int
     return_mean: float
     judge: Judge
@@ -156,8 +159,9 @@ def _result(
     session: PPOSession, authority: Authority, decide_every: int, hindsight: Hindsight | None, judge: Judge
 ) -> TrainingResult:
     """The actor in terms of normalised observations."""
+    stretches = None
     if hindsight is not None and not session.decisions:
-        mean, std = hindsight.mean, hindsight.std
+        mean, std, stretches = hindsight.mean, hindsight.std, STRETCHES
     else:
         mean, std = session.monitor.normaliser()
     told = {} if hindsight is None else {"hindsight": hindsight.report}
@@ -170,6 +174,7 @@ def _result(
         features=list(FEATURES),
         authority=authority,
         decide_every=decide_every,
+        stretches=stretches,
         decisions=session.decisions,
         return_mean=session.monitor.return_mean,
         judge=judge,

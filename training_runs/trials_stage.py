@@ -10,7 +10,7 @@ from typing import Any
 
 from lbw_rl.envs.mixture import Mixture
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
-from lbw_rl.training_runs.hindsight import BLOCK, Hindsight, Trials, gather, learn
+from lbw_rl.training_runs.hindsight import BLOCK, STRETCHES, Hindsight, Trials, gather, learn
 from lbw_rl.training_runs.policy_evaluation import Judge
 from lbw_rl.training_runs.ppo_session import CURVE_FILE, stream
 from lbw_rl.training_runs.training_monitor import Progress, curve_up_to
@@ -81,7 +81,7 @@ def learn_from_trials(
             found = learn(so_far, seed, hidden)
             if not judged:
                 tell(last, "judged", 0)
-                gains = judge(found.act, partial(tell, last, "judged")).summary()
+                gains = judge(found.act, partial(tell, last, "judged"), STRETCHES).summary()
                 with curve.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"decisions": last, "runs": BLOCK * found.report["blocks"], **gains}) + "\n")
     assert found is not None, "no decisions"
