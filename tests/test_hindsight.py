@@ -268,6 +268,7 @@ def test_ppo_begins_with_what_hindsight_told(tmp_path: Path) -> None:
     ours, theirs = ((x - r.mean) / r.std for r in (alone, both))
     assert alone.actor(ours) == pytest.approx(both.actor(theirs), abs=1e-4)
     assert (both.decisions, alone.decisions) == (48, 0)
+    assert (both.stretches, alone.stretches) == (None, STRETCHES)
     assert not np.array_equal(both.mean, alone.mean)
     curve = [json.loads(line)["decisions"] for line in (tmp_path / "both" / CURVE_FILE).read_text().splitlines()]
     assert curve == [800, 824, 848]
@@ -301,6 +302,8 @@ def test_the_card_says_how_it_was_learned(tmp_path: Path, monkeypatch: pytest.Mo
     assert "Learned in hindsight from 600 decisions of trials under random multiples." in card
     assert "**Training data.** 600 decisions" in card
     assert "| 100% | llama | 16, 8, 1 | 2 × 4 | 40–56 | markov-1, markov-2, python-docs |" in card
+    assert "It answers 3 times in a run and holds each answer" in card
+    assert [load_policy(folder).header.stretches for folder in (tmp_path, tmp_path / "untrained")] == [STRETCHES] * 2
     assert "hindsight" in load_policy(tmp_path).header.provenance
     assert "hindsight" not in load_policy(tmp_path / "untrained").header.provenance
     assert found["decisions"] == 0

@@ -197,7 +197,7 @@ def _freeze(folder: Path, result: TrainingResult, actor: Actor, provenance: dict
         authority=result.authority,
         decide_every=result.decide_every,
         provenance=provenance,
-        card=_card(provenance),
+        card=_card(provenance, result.stretches),
         rule=provenance["rule"],
         stretches=result.stretches,
     )
@@ -228,17 +228,18 @@ def _how(provenance: dict[str, Any]) -> str:
     return f"Learned in hindsight from {trials:,} decisions of trials under random multiples{then}."
 
 
-def _card(provenance: dict[str, Any]) -> str:
+def _card(provenance: dict[str, Any], stretches: int | None) -> str:
     rows = "\n".join(
         f"| {name} | {s['gain']:+.3f} ± {s['standard_error']:.3f} | {s['diverged']:.1%} |"
         for name, s in provenance["proxy_evaluation"].items()
     )
     rule = provenance["rule"]
+    held = f" It answers {stretches} times in a run and holds each answer through its part of it." if stretches else ""
     relative = f", as multiples of those that `{rule}` asks for at every step" if rule else ""
     return f"""# Frozen controller policy
 
 **What it is.** A small tanh network that reads the feature vector (schema {provenance["feature_schema"]}) of a training run every
-{provenance["decide_every"]} optimizer steps and proposes a learning-rate scale and a momentum scale{relative}. {_how(provenance)}
+{provenance["decide_every"]} optimizer steps and proposes a learning-rate scale and a momentum scale{relative}.{held} {_how(provenance)}
 
 **Intended use.** `Governor(optimizer, controller="THIS FOLDER", total_steps=…)`, inside whatever authority you give
 it, on runs of a language model under AdamW. Features far from its training data are counted, and past the rate in
