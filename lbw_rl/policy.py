@@ -130,6 +130,11 @@ class Policy:
         """The normaliser's standard deviation of each feature."""
         return np.array(self.header.std)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides what it does: weights and header, but not where they come from."""
+        return hashlib.sha256(self.header.model_dump_json(exclude={"provenance"}).encode()).hexdigest()
+
     def action(self, features: NDArray[np.float64]) -> NDArray[np.float32]:
         """The mean action for one feature vector.
 

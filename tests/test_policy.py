@@ -93,6 +93,19 @@ def test_the_header_says_where_the_policy_comes_from(tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == sorted([CARD_FILE, HEADER_FILE, WEIGHTS_FILE])
 
 
+def test_a_fingerprint_is_of_what_a_policy_does_and_not_of_where_it_comes_from(tmp_path):
+    changes = [
+        {},
+        {"provenance": {"seed": 7}},
+        {"decide_every": 4},
+        {"stretches": 3, "rule": "lbw-guard"},
+        {"mean": np.ones(N)},
+    ]
+    one, other, *different = (load_policy(freeze(tmp_path / f"{i}", **c)).fingerprint for i, c in enumerate(changes))
+    assert one == other
+    assert len({one, *different}) == 4
+
+
 def test_freezing_over_an_older_policy_replaces_it(tmp_path):
     freeze(tmp_path / "p", decide_every=1)
     assert load_policy(freeze(tmp_path / "p", decide_every=2)).header.decide_every == 2

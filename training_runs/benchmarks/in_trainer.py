@@ -54,16 +54,16 @@ class Cell:
     @property
     def key(self) -> str:
         """What identifies its row: everything that decides the run."""
-        return fingerprint([self.arm, _weights(self.arm), self.multiplier, self.recipe.model_dump(mode="json")])
+        return fingerprint([self.arm, _policy(self.arm), self.multiplier, self.recipe.model_dump(mode="json")])
 
     def __str__(self) -> str:
         return f"{self.arm} × {self.multiplier:.3g} seed {self.recipe.train.seed}"
 
 
-def _weights(arm: str) -> str | None:
-    """SHA-256 of a policy's, so that another one in the same folder is another arm; None for a rule."""
+def _policy(arm: str) -> str | None:
+    """Fingerprint of a policy, so that another one in the same folder is another arm; None for a rule."""
     folder = newest_pretrained() if arm == "ppo" else Path(arm)
-    return load_policy(folder).header.weights_sha256 if (folder / HEADER_FILE).exists() else None
+    return load_policy(folder).fingerprint if (folder / HEADER_FILE).exists() else None
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:

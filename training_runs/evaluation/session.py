@@ -193,9 +193,9 @@ def _slug(name: str) -> str:
 
 
 def _digest(arm: str, what: Any) -> str:
-    """Of an arm and, where it is a policy, of its weights: another policy in the same folder is another arm."""
+    """Of an arm and, where it is a policy, of all that it does: another policy in the same folder is another arm."""
     content = [arm]
     for part in what if isinstance(what, tuple) else [what]:
         is_policy = isinstance(part, str) and Path(part).is_dir()
-        content.append(load_policy(part).header.weights_sha256 if is_policy else json.dumps(part))
+        content.append(load_policy(part).fingerprint if is_policy else json.dumps(part))
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
