@@ -33,7 +33,7 @@ from lbw_rl.training_runs.actor import Actor, FloatArray
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
 
 _PROGRESS = list(FEATURES).index("progress")
-_ACTIONS = 2
+_ACTIONS, _RATE = 2, 0
 _LARGEST_GAIN = 0.5  # nats: what a run that diverged lost says no more than that it was too much
 _STD_FLOOR = 0.1
 BLOCK = 4
@@ -249,8 +249,9 @@ def learn(
 ) -> Hindsight:
     """Fits the effects several times over, each on four fifths of the blocks, and an actor to what all fits vouch for.
 
-    The actor takes, for each action, the u of the largest (mean − `caution` · standard deviation over the fits) of α·u − β·u²: none
-    where they do not agree that it gains. It is fitted to that on the observations that stretches began with, and on as many moved
+    The actor takes the learning rate's u of the largest (mean − `caution` · standard deviation over the fits) of α·u − β·u²: none
+    where they do not agree that it gains. Momentum it leaves to the rule: other seeds' trials see nothing in its multiples, and in
+    larger models they cost (docs/LOG.md, 2026-11-29). It is fitted to that on the observations that stretches began with, and on as many moved
     away from them, where the fits part and it learns to leave a run to the rule. It is to be asked when a stretch begins, since only
     there trials tell what a multiple is worth, and what it answers is to be held through it.
 
@@ -338,8 +339,9 @@ def _mean_of(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _vouched_for(effects: _Effects, x: Tensor, caution: float) -> Tensor:
-    """The actions that the fits agree on, shape (n, 2)."""
-    return torch.cat([_agreed(*effects.of(part[None]), caution) for part in x.split(2**14)])
+    """The learning rate's multiples that the fits agree on, as positions, shape (n,)."""
+    found = (effects.of(part[None]) for part in x.split(2**14))
+    return torch.cat([_agreed(alpha[..., _RATE], beta[..., _RATE], caution) for alpha, beta in found])
 
 
 @torch.no_grad()
@@ -353,24 +355,26 @@ def _agreed(alpha: Tensor, beta: Tensor, caution: float) -> Tensor:
     return chosen
 
 
-def _imitate(x: Tensor, actions: Tensor, hidden: Sequence[int], generator: torch.Generator) -> Actor:
-    """A tanh network that gives `actions` at `x`."""
+def _imitate(x: Tensor, positions: Tensor, hidden: Sequence[int], generator: torch.Generator) -> Actor:
+    """A tanh network that gives `positions` at `x` for the learning rate, and nothing for momentum."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         sizes = [x.shape[1], *hidden]
         layers: list[nn.Module] = []
         for i, o in pairwise(sizes):
             layers += [nn.Linear(i, o), nn.Tanh()]
-        net = nn.Sequential(*layers, nn.Linear(sizes[-1], _ACTIONS))
+        net = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, _STEPS)
     for _ in range(_STEPS):
         batch = torch.randint(len(x), (1024,), generator=generator)
-        loss = (net(x[batch]).clamp(-1.2, 1.2) - actions[batch]).square().mean()
+        loss = (net(x[batch])[:, 0].clamp(-1.2, 1.2) - positions[batch]).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return Actor(
-        [(m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy()) for m in net if isinstance(m, nn.Linear)]
-    )
+    linear = [
+        (m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy()) for m in net if isinstance(m, nn.Linear)
+    ]
+    weight, bias = linear[-1]
+    return Actor([*linear[:-1], (np.pad(weight, ((0, 1), (0, 0))), np.pad(bias, (0, 1)))])

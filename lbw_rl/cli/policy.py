@@ -32,7 +32,8 @@ def inspect(
         f"{folder}: {parameters:,} parameters, hidden {header.hidden_sizes}, decides every {header.decide_every} steps"
     )
     out.print(f"authority: lr_scale {header.authority.lr_scale}, momentum_scale {header.authority.momentum_scale}")
-    out.print(f"actions: relative to {header.relative_to}")
+    held = f", held through each of {header.stretches} parts of a run" if header.stretches else ""
+    out.print(f"actions: relative to {header.relative_to}{held}")
     out.print(
         f"fallback: {header.fallback.controller} past {header.fallback.rate:.0%} unfamiliar decisions of {header.fallback.window}"
         + (", and in runs of low-rank adapters" if header.fallback.adapters else "")
