@@ -13,6 +13,7 @@ from rich.table import Table
 from lbw_rl.cli import console
 from lbw_rl.cli.app import app
 from lbw_rl.cli.pace import Pace
+from lbw_rl.controllers.ppo import newest_pretrained
 from lbw_rl.extras import EXTRAS
 
 pytest.importorskip("transformers", reason="needs the extra lbw-rl[hf]")
@@ -196,6 +197,10 @@ def test_policy(lbw, policy_folder):
     assert shown.code == 0
     assert "lr_scale (0.01, 100.0)" in shown.out
     assert all(name in shown.out for name in header["features"])
+    assert (
+        "relative to lbw-guard, held through each of 3 parts of a run"
+        in lbw("policy", "inspect", newest_pretrained()).out
+    )
     answer = lbw("policy", "verify", policy_folder)
     assert answer.code == 0
     assert answer.out.startswith(f"intact: {policy_folder} (weights sha256 {header['weights_sha256'][:16]}…")
