@@ -180,7 +180,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
             corpora = corpora_of(family.name, split, text=file is not None)
         if not corpora:
             raise ValueError(
-                f"corpora: none given; accepted: one or more of {', '.join(accepted)}, or None for all of them"
+                f"corpora: none given; accepted: one or more of {', '.join(accepted)}, or None for those that {split} tasks are drawn from by default"
             )
         for name in corpora:
             if name not in accepted:
