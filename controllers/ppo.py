@@ -19,7 +19,6 @@ from lbw_rl.registry import load_controller
 from lbw_rl.signals import Telemetry
 from lbw_rl.steering import Stretches, relative, steered
 
-_PROGRESS = list(FEATURES).index("progress")
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
@@ -129,7 +128,7 @@ class FrozenPolicy(Controller):
         """The policy's own decision, and whether it was asked about something that it knows."""
         fallback = self.policy.header.fallback
         features = self._tracker(signals)[0]
-        begins = bool(self._stretches((features[_PROGRESS, None] + 1) / 2)[0])
+        begins = bool(self._stretches(features[None])[0])
         features[self._blind] = 0.0
         self._unfamiliarity = float((np.abs(features - self.policy.mean) / self.policy.std).max())
         unfamiliar = self._unfamiliarity > fallback.feature_z

@@ -101,6 +101,15 @@ _DEFINITIONS: dict[str, tuple[str, Callable[[dict[str, Array]], Array]]] = {
 FEATURES: dict[str, str] = {name: definition for name, (definition, _) in _DEFINITIONS.items()}
 """Feature name → definition, in the order of the vector (schema v3)."""
 
+_PROGRESS = list(FEATURES).index("progress")
+
+
+def progress_seen(features: NDArray[Any]) -> NDArray[Any]:
+    """The done share of each run as its features, shape (…, len(FEATURES)), tell it; 0.5 where it is not known."""
+    share: NDArray[Any] = (features[..., _PROGRESS] + 1) / 2
+    return share
+
+
 _SIGNALS_READ = (
     "progress", "lr_scale", "momentum_scale", "learning_rate", "update_ratio", "loss", "grad_norm", "grad_entropy",
     "grad_cosine", "surprise", "nonfinite", "gpu_utilization", "gpu_memory", "gpu_power", "weight_rms", "grad_entropy_element",

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lbw_rl.action import Action, Directive, log_interpolate
+from lbw_rl.features import progress_seen
 
 REACH = (2.0**0.5, 1.25)
 """Largest multiples, and 1 / smallest, of a rule's learning-rate scale and of its momentum scale. Twice a right update-to-weight ratio
@@ -59,11 +60,12 @@ class Stretches:
         self._parts = parts
         self._at = np.full(n, -2)  # the part that a run is in; -2: not asked yet; -1: asked once
 
-    def __call__(self, progress: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-        """One decision: done share of each run, shape (n,) → which take a new action."""
+    def __call__(self, features: NDArray[Any]) -> NDArray[np.bool_]:
+        """One decision: what each run sees, shape (n, len(FEATURES)) → which take a new action, shape (n,)."""
         if self._parts is None:
             return np.ones(len(self._at), dtype=bool)
-        part = np.floor(self._parts * progress + 1e-6).clip(0, self._parts - 1).astype(int)  # single precision must do
+        begun = np.floor(self._parts * progress_seen(features) + 1e-6)  # single precision must do
+        part = begun.clip(0, self._parts - 1).astype(int)
         due: NDArray[np.bool_] = (self._at > -2) & (part > self._at)
         self._at = np.where(self._at == -2, -1, np.maximum(self._at, part))
         return due

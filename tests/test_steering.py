@@ -138,17 +138,23 @@ def test_the_rule_acts_at_every_step_and_the_multiples_hold_for_theirs(tmp_path)
     assert len(set(held[:, 0].round(6))) > 1
 
 
+def seen_at(*progress: float):
+    features = np.zeros((len(progress), len(FEATURES)), dtype=np.float32)
+    features[:, list(FEATURES).index("progress")] = 2 * np.array(progress) - 1
+    return features
+
+
 def test_an_action_is_due_where_a_part_of_the_run_begins():
     stretches = Stretches(2, 3)
-    due = [stretches(np.array([k / 9, min(1.0, k / 3)], dtype=np.float32)).tolist() for k in range(10)]
+    due = [stretches(seen_at(k / 9, min(1.0, k / 3))).tolist() for k in range(10)]
     one, other = ([k for k in range(10) if row[k]] for row in zip(*due, strict=True))
     assert one == [1, 3, 6]
     assert other == [1, 2]  # the first part was over before anything was measured
     again = Stretches(2, 3)
     again.load_state_dict(from_json(to_json(stretches.state_dict())))
-    assert not again(np.array([0.0, 1.0])).any()
+    assert not again(seen_at(0.0, 1.0)).any()
     always = Stretches(2, None)
-    assert always(np.zeros(2)).all()
+    assert always(seen_at(0.5, 0.5)).all()
 
 
 def test_a_policy_of_stretches_holds_its_multiples_through_each(tmp_path):

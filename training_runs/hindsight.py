@@ -28,11 +28,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import huber_loss, softplus
 
-from lbw_rl.features import FEATURES
+from lbw_rl.features import FEATURES, progress_seen
 from lbw_rl.training_runs.actor import Actor, FloatArray
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
 
-_PROGRESS = list(FEATURES).index("progress")
 _ACTIONS, _RATE = 2, 0
 _LARGEST_GAIN = 0.5  # nats: what a run that diverged lost says no more than that it was too much
 _STD_FLOOR = 0.1
@@ -117,7 +116,7 @@ class _Trial:
         if not self._begun:
             self._begun = True
             return np.zeros(_ACTIONS, dtype=np.float32)
-        progress = (observation[_PROGRESS] + 1) / 2
+        progress = progress_seen(observation)
         stretch = sum(bool(progress >= end) for end in self._ends)
         return self.starts.setdefault(stretch, (observation.copy(), self._multiples[stretch]))[1]
 

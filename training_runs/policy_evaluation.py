@@ -12,10 +12,7 @@ from numpy.typing import NDArray
 
 from lbw_rl.envs.mixture import ProxyKind
 from lbw_rl.envs.proxy_training import ProxyTrainingVectorEnv
-from lbw_rl.features import FEATURES
 from lbw_rl.steering import Stretches
-
-_PROGRESS = list(FEATURES).index("progress")
 
 FloatArray = NDArray[np.float64]
 Act = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -113,7 +110,7 @@ def _episodes(act: Act, env: ProxyTrainingVectorEnv, seed: int, stretches: int |
     running = np.ones(proxies, dtype=bool)
     due, actions = Stretches(proxies, stretches), np.zeros((proxies, 2), dtype=np.float32)
     while running.any():
-        begins = due((observations[:, _PROGRESS] + 1) / 2)
+        begins = due(observations)
         actions = np.where(begins[:, None], act(observations), actions)
         observations, _, terminated, truncated, info = env.step(actions)
         finished = (terminated | truncated) & running
