@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
@@ -233,12 +234,24 @@ def test_json_and_parquet_round_trip(tmp_path: Path) -> None:
     assert again.rows == rows
     assert again.summary["cells"][0]["n"] == 2
     assert again.summary["provenance"] == {"machine": "two cores", "bad": None}
+    assert read_results(tmp_path / "new" / "results.parquet").rows == rows
     table = pq.read_table(tmp_path / "new" / "results.parquet")
     assert [Row(**record) for record in table.to_pylist()] == rows
     assert table.schema.field("steps_to_target").type == "int64"
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["results.json", "results.parquet"]
     raw = json.loads((tmp_path / "new" / "results.json").read_text(), parse_constant=pytest.fail)
     assert raw["schema"] == 1
+
+
+def test_a_parquet_file_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 or not")
+    with pytest.raises(ValueError, match=r"rows\.parquet is not Parquet"):
+        read_results(tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"recipe": ["mini"], "seed": [0]}), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"rows\.0\.optimizer: Field required"):
+        read_results(tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"cannot read .*missing\.parquet"):
+        read_results(tmp_path / "missing.parquet")
 
 
 def test_parquet_of_no_rows_and_of_columns_without_a_value(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ class Hindsight:
 
 
 def learn(
-    trials: Trials, seed: int, hidden: Sequence[int] = (32, 32), caution: float = 1.0, epochs: int = 60
+    trials: Trials, seed: int, hidden: Sequence[int] = (32, 32), caution: float = 0.5, epochs: int = 60
 ) -> Hindsight:
     """Fits the effects several times over, each on four fifths of the blocks, and an actor to what all fits vouch for.
 

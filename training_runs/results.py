@@ -115,17 +115,19 @@ class Results(BaseModel):
 
 
 def read_results(path: str | Path) -> Results:
-    """Reads a `results.json`, or the one in a folder.
+    """Reads a `results.json`, the one in a folder, or the rows of a `.parquet`.
 
     Raises:
-        ValueError: missing, not JSON, or not of this schema; one line that names the field.
+        ValueError: missing, not such a file, or not of this schema; one line that names the field.
     """
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
     try:
+        if path.suffix == ".parquet":
+            return Results.model_validate({"schema": 1, "rows": _parquet_rows(path)})
         return Results.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except OSError as e:
-        accepted = "accepted: a results.json or its folder"
+        accepted = "accepted: a results.json, its folder, or a .parquet of rows"
         raise ValueError(f"results: cannot read {path} ({e.strerror}); {accepted}") from e
     except ValidationError as e:
         first = e.errors(include_url=False, include_context=False)[0]
@@ -134,7 +136,7 @@ def read_results(path: str | Path) -> Results:
         shown = value if len(value) <= 60 else value[:57] + "..."
         raise ValueError(f"results: {path}: {field}: {first['msg']}, got {shown}") from e
     except ValueError as e:
-        raise ValueError(f"results: {path} is not JSON ({e})") from e
+        raise ValueError(f"results: {path} is not {'Parquet' if path.suffix == '.parquet' else 'JSON'} ({e})") from e
 
 
 def write_results(directory: str | Path, results: Results) -> None:
@@ -161,6 +163,14 @@ def _write_parquet(target: Path, rows: list[Row]) -> None:
     fields = Row.model_fields.items()  # what is left is int or int | None, and every column may be null
     schema = pa.schema([(name, types.get(info.annotation, pa.int64())) for name, info in fields])
     pq.write_table(pa.Table.from_pylist([row.model_dump() for row in rows], schema=schema), target)
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    """A null is a field that was not recorded."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(path).to_pylist()
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

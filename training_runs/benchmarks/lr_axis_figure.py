@@ -1,7 +1,7 @@
-"""Draws the README's picture from the results of a comparison or a stress suite.
+"""Draws the README's picture from the results of comparisons and stress suites.
 
 ```
-python -m lbw_rl.training_runs.benchmarks.lr_axis_figure FOLDER docs/images/lr-axis.png --arms "AdamW, tuned;LBW-Guard-style"
+python -m lbw_rl.training_runs.benchmarks.lr_axis_figure stress deployed docs/images/lr-axis.png --arms "AdamW, tuned;LBW-Guard-style"
 ```
 
 Needs matplotlib. A panel is a family of runs, a point the median over seeds of the final held-out loss, a bar its range.
@@ -15,13 +15,13 @@ from statistics import median
 
 from lbw_rl.training_runs.results import Row, read_results
 
-COLOURS = ("#111111", "#7f7f7f", "#0072B2", "#CC79A7", "#009E73", "#E69F00", "#56B4E9", "#8B5A2B")
-GOVERNED = "#D55E00"
-"""Of the last arm, drawn thicker and over the others."""
+COLOURS = ("#111111", "#7f7f7f", "#B39DDB", "#CC79A7", "#009E73", "#E69F00", "#56B4E9", "#8B5A2B")
+GOVERNED = ("#D55E00", "#0072B2")
+"""Of the last arms, drawn thicker and over the others."""
 
 
-def draw(rows: list[Row], target: Path, families: list[str], arms: list[str]) -> None:
-    """Writes one panel per family, with the arms that have runs in it.
+def draw(rows: list[Row], target: Path, families: list[str], arms: list[str], governed: int = 1) -> None:
+    """Writes one panel per family, with the arms that have runs in it; the last `governed` of them are drawn thicker.
 
     Raises:
         ValueError: a family or an arm of which there is no run.
@@ -37,7 +37,7 @@ def draw(rows: list[Row], target: Path, families: list[str], arms: list[str]) ->
             raise ValueError(f"{name}: no run of {unknown[0]!r}; accepted: {', '.join(sorted(known))}")
     figure, panels = plt.subplots(1, len(families), figsize=(4.6 * len(families), 4.2), dpi=140, squeeze=False)
     for axes, family in zip(panels[0], families):
-        for arm, colour in zip(arms, [*COLOURS[: len(arms) - 1], GOVERNED]):
+        for arm, colour in zip(arms, [*COLOURS[: len(arms) - governed], *GOVERNED[:governed]], strict=True):
             mine = [r for r in rows if r.recipe == family and r.arm == arm]
             if not mine:
                 continue
@@ -45,7 +45,7 @@ def draw(rows: list[Row], target: Path, families: list[str], arms: list[str]) ->
             losses = [[r.final_loss for r in mine if r.lr_multiplier == m] for m in points]
             middle = [median(x) for x in losses]
             spread = [[m - min(x) for m, x in zip(middle, losses)], [max(x) - m for m, x in zip(middle, losses)]]
-            width = 2.4 if colour == GOVERNED else 1.2
+            width = 2.4 if colour in GOVERNED else 1.2
             axes.errorbar(points, middle, spread, color=colour, marker="o", ms=4, lw=width, capsize=2, label=arm)
         axes.set(xscale="log", title=family, xlabel="learning rate, × the base rate")
         ticks = sorted({row.lr_multiplier for row in rows if row.recipe == family})
@@ -68,15 +68,16 @@ def _multiple(value: float, _: int) -> str:
 def main() -> None:
     """Reads the results and writes the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder with results.json")
+    parser.add_argument("results", type=Path, nargs="+", help="results.json, its folder, or a .parquet of rows")
     parser.add_argument("target", type=Path, help="picture to write")
     parser.add_argument("--families", help="separated by semicolons; default: all")
-    parser.add_argument("--arms", help="separated by semicolons, the governed one last; default: all")
+    parser.add_argument("--arms", help="separated by semicolons, the governed ones last; default: all")
+    parser.add_argument("--governed", type=int, choices=(1, 2), default=1, help="how many of them (default: 1)")
     args = parser.parse_args()
-    rows = read_results(args.folder).rows
+    rows = [row for path in args.results for row in read_results(path).rows]
     families = args.families.split(";") if args.families else list(dict.fromkeys(row.recipe for row in rows))
     arms = args.arms.split(";") if args.arms else list(dict.fromkeys(row.arm for row in rows))
-    draw(rows, args.target, families, arms)
+    draw(rows, args.target, families, arms, args.governed)
 
 
 if __name__ == "__main__":
