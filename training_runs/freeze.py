@@ -206,16 +206,17 @@ def _freeze(folder: Path, result: TrainingResult, actor: Actor, provenance: dict
 def _tasks(fleets: list[dict[str, Any]]) -> str:
     """A line for each kind of proxies."""
     lines = [
-        "| share | model | vocabulary, width, layers | tokens a step | steps | texts |",
-        "|---|---|---|---|---|---|",
+        "| share | model | vocabulary, width, layers | tokens a step | steps | wrong labels in | faults in | texts |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     total = sum(fleet["proxies"] for fleet in fleets)
     for fleet in fleets:
-        shape, batch = fleet["shape"].get("base", fleet["shape"]), fleet["batch"]
+        shape, batch, variety = fleet["shape"].get("base", fleet["shape"]), fleet["batch"], fleet["variety"]
         size = f"{shape['vocab']}, {shape['width']}, {shape.get('layers', 1)}"
         steps, texts = "–".join(map(str, fleet["horizon"])), ", ".join(fleet["corpora"])
         lines.append(
-            f"| {fleet['proxies'] / total:.0%} | {fleet['model']} | {size} | {batch['sequences']} × {batch['length']} | {steps} | {texts} |"
+            f"| {fleet['proxies'] / total:.0%} | {fleet['model']} | {size} | {batch['sequences']} × {batch['length']} | {steps} "
+            f"| {variety['noisy']:.0%} | {variety['faulty']:.0%} | {texts} |"
         )
     return "\n".join(lines)
 
