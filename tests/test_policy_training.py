@@ -27,6 +27,7 @@ from lbw_rl.training_runs.actor import Actor, actor_of
 from lbw_rl.training_runs.fleet_vec_env import FleetVecEnv
 from lbw_rl.training_runs.policy_evaluation import Judge, uniform
 from lbw_rl.training_runs.policy_training import CHECKPOINT_FILE, CURVE_FILE, PPOSettings, TrainingResult, train
+from lbw_rl.training_runs.ppo_session import PPOSession
 
 TINY = ProxyKind(
     shape=FleetShape(vocab=16, width=8, heads=1, ffn=8),
@@ -178,6 +179,15 @@ def test_resumed_training_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Pat
     assert same(whole, short(tmp_path / "part", resume=True))  # nothing left to do
     with pytest.raises(ValueError, match="seed"):
         train(128, 4, tmp_path / "part", settings=SHORT, mixture=((TINY, 3), (NGRAM, 5)), resume=True)
+
+
+def test_a_rollout_is_split_into_equal_batches(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """A last batch of a few transitions would weigh as much as a whole one; stable-baselines3 warns of it."""
+    env = FleetVecEnv([TINY.fleet(3)])
+    settings = PPOSettings(n_steps=4, batch_size=10)  # a rollout of 12
+    assert PPOSession(env, 12, 0, tmp_path, settings, {}, None).model.batch_size == 6
+    assert not [w for w in recwarn if "mini-batch" in str(w.message)]
+    env.close()
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ class PPOSettings:
 
     Attributes:
         n_steps: decisions of each proxy per rollout.
-        batch_size: transitions per gradient step.
+        batch_size: most transitions of a gradient step; the largest number up to that which divides a rollout is taken.
         n_epochs: passes over a rollout.
         learning_rate: of the first rollout; falls linearly to a tenth.
         gae_lambda: λ of generalised advantage estimation.
@@ -81,7 +81,7 @@ class PPOSession:
             "MlpPolicy",
             env,
             n_steps=settings.n_steps,
-            batch_size=settings.batch_size,
+            batch_size=next(size for size in range(settings.batch_size, 0, -1) if self.rollout % size == 0),
             n_epochs=settings.n_epochs,
             learning_rate=self._learning_rate,
             gamma=1.0,
