@@ -10,6 +10,7 @@ Needs matplotlib. A panel is a family of runs, a point the median over seeds of 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from statistics import median
 
@@ -35,8 +36,12 @@ def draw(rows: list[Row], target: Path, families: list[str], arms: list[str], go
     ):
         if unknown := sorted(set(asked) - known):
             raise ValueError(f"{name}: no run of {unknown[0]!r}; accepted: {', '.join(sorted(known))}")
-    figure, panels = plt.subplots(1, len(families), figsize=(4.6 * len(families), 4.2), dpi=140, squeeze=False)
-    for axes, family in zip(panels[0], families):
+    n = len(families)
+    columns, lines = (n, 1) if n <= 3 else (math.ceil(n / 2), 2)
+    figure, panels = plt.subplots(
+        lines, columns, figsize=(4.6 * columns, 4.2 * lines), dpi=140, squeeze=False, layout="constrained"
+    )
+    for axes, family in zip(panels.flat, families):
         for arm, colour in zip(arms, [*COLOURS[: len(arms) - governed], *GOVERNED[:governed]], strict=True):
             mine = [r for r in rows if r.recipe == family and r.arm == arm]
             if not mine:
@@ -53,10 +58,12 @@ def draw(rows: list[Row], target: Path, families: list[str], arms: list[str], go
         axes.xaxis.set_major_formatter(FuncFormatter(_multiple))
         axes.xaxis.set_minor_locator(FixedLocator([]))
         axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("final held-out loss, nats per token")
-    handles = {label: h for axes in panels[0] for h, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=min(len(handles), 5), fontsize=8)
-    figure.tight_layout(rect=(0, 0.06 * (1 + (len(handles) - 1) // 5), 1, 1))
+    for axes in panels.flat[n:]:
+        axes.axis("off")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("final held-out loss, nats per token")
+    handles = {label: h for axes in panels.flat for h, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(n + 1, 5), fontsize=8)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target)
 
