@@ -257,7 +257,8 @@ def test_evaluate_judges_resumes_and_reports(
 def test_the_groups_of_signals_are_features() -> None:
     named = [name for names in session.SIGNAL_GROUPS.values() for name in names]
     assert len(named) == len(set(named))
-    assert set(FEATURES) - set(named) == {"lr_scale", "momentum_scale", "nonfinite"}
+    device = {"gpu_utilization", "gpu_memory", "gpu_power"}  # there is none in a tier
+    assert set(FEATURES) - set(named) == {"lr_scale", "momentum_scale", "nonfinite", *device}
     assert set(session.REMEMBERED) < set(named)
 
 

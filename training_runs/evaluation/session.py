@@ -37,7 +37,6 @@ RULES = {
 }
 EVALUATION_FILE = "evaluation.json"
 SIGNAL_GROUPS = {
-    "the device": ("gpu_utilization", "gpu_memory", "gpu_power"),
     "the loss": ("loss_level", "loss_trend", "loss_jump", "loss_noise"),
     "the gradient's norm": ("grad_norm_jump", "grad_norm_level"),
     "steepness": ("steepness",),
@@ -47,7 +46,8 @@ SIGNAL_GROUPS = {
     "the update's size": ("displacement", "update_ratio_trend", "weight_growth"),
     "progress and schedule": ("progress", "schedule"),
 }  # fmt: skip
-"""Signals that a policy may have learned to need, by what they tell of; with `ablate` it goes without each."""
+"""Signals that a policy may have learned to need, by what they tell of; with `ablate` it goes without each. The device is not among
+them: tiers have none, so that every policy is judged blind to it."""
 REMEMBERED = (
     "loss_level", "loss_trend", "loss_jump", "loss_noise", "grad_norm_jump", "grad_norm_level", "grad_agreement",
     "update_ratio_trend", "weight_growth",
