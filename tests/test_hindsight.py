@@ -301,7 +301,7 @@ def test_the_card_says_how_it_was_learned(tmp_path: Path, monkeypatch: pytest.Mo
     card = (tmp_path / "CARD.md").read_text(encoding="utf-8")
     assert "Learned in hindsight from 600 decisions of trials under random multiples." in card
     assert "**Training data.** 600 decisions" in card
-    assert "| 100% | llama | 16, 8, 1 | 2 × 4 | 40–56 | markov-1, markov-2, python-docs |" in card
+    assert "| 100% | llama | 16, 8, 1 | 2 × 4 | 40–56 | 0% | 0% | markov-1, markov-2, python-docs |" in card
     assert "It answers 3 times in a run and holds each answer" in card
     assert [load_policy(folder).header.stretches for folder in (tmp_path, tmp_path / "untrained")] == [STRETCHES] * 2
     assert "hindsight" in load_policy(tmp_path).header.provenance
