@@ -205,8 +205,14 @@ BAD = {
         ["replay", "{}/unknown-signal.jsonl", "--controller", "pid"],
         ["unknown signal 'mood'", "known: step"],
     ),
-    "report: nothing": (["report", "{}/absent"], ["results: cannot read", "accepted: a results.json, its folder, or a .parquet of rows"]),
-    "report: no results": (["report", "{}/used"], ["results: cannot read", "accepted: a results.json, its folder, or a .parquet of rows"]),
+    "report: nothing": (
+        ["report", "{}/absent"],
+        ["results: cannot read", "accepted: a results.json, its folder, or a .parquet of rows"],
+    ),
+    "report: no results": (
+        ["report", "{}/used"],
+        ["results: cannot read", "accepted: a results.json, its folder, or a .parquet of rows"],
+    ),
     "report: garbled": (["report", "{}/garbled-results"], ["results: ", "is not JSON"]),
     "report: other schema": (["report", "{}/other-results"], ["results: ", "schema", "1"]),
     "report: no rows": (["report", "{}/no-rows"], ["results: ", "has no rows; accepted: "]),
