@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lbw_rl.training_runs.benchmarks.lr_axis_figure import main
-from lbw_rl.training_runs.results import Results, Row, write_results
+from lbw_rl.training_runs.benchmarks.lr_axis_figure import draw, main
+from lbw_rl.training_runs.results import Results, Row, read_results, write_results
 
 
 def finished(folder: Path, recipe: str, arm: str) -> Path:
@@ -34,3 +34,9 @@ def test_several_results_go_into_one_picture(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(sys, "argv", [*command, "--families", "mini-gpt"])
     with pytest.raises(ValueError, match="families: no run of 'mini-gpt'; accepted: mini-llama, mini-qwen2"):
         main()
+
+
+def test_more_arms_than_colours_are_refused(tmp_path: Path) -> None:
+    rows = [row for i in range(10) for row in read_results(finished(tmp_path / str(i), "mini", f"arm-{i}")).rows]
+    with pytest.raises(ValueError, match="arms: 10 of them; accepted: at most 9"):
+        draw(rows, tmp_path / "axis.png", ["mini"], [f"arm-{i}" for i in range(10)])

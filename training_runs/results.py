@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
+from lbw_rl.extras import require
 from lbw_rl.training_runs.summary import UNGOVERNED, summarise
 
 __all__ = ["Results", "Row", "read_results", "summarise", "write_results"]
@@ -119,6 +120,7 @@ def read_results(path: str | Path) -> Results:
 
     Raises:
         ValueError: missing, not such a file, or not of this schema; one line that names the field.
+        ModuleNotFoundError: a `.parquet` without the extra `lbw-rl[report]`.
     """
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
@@ -167,6 +169,7 @@ def _write_parquet(target: Path, rows: list[Row]) -> None:
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     """A null is a field that was not recorded."""
+    require("pyarrow")
     import pyarrow.parquet as pq
 
     rows = pq.read_table(path).to_pylist()

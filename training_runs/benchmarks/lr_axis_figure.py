@@ -25,7 +25,7 @@ def draw(rows: list[Row], target: Path, families: list[str], arms: list[str], go
     """Writes one panel per family, with the arms that have runs in it; the last `governed` of them are drawn thicker.
 
     Raises:
-        ValueError: a family or an arm of which there is no run.
+        ValueError: a family or an arm of which there is no run, or more arms than colours.
     """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FixedLocator, FuncFormatter
@@ -36,6 +36,8 @@ def draw(rows: list[Row], target: Path, families: list[str], arms: list[str], go
     ):
         if unknown := sorted(set(asked) - known):
             raise ValueError(f"{name}: no run of {unknown[0]!r}; accepted: {', '.join(sorted(known))}")
+    if len(arms) > (most := len(COLOURS) + governed):
+        raise ValueError(f"arms: {len(arms)} of them; accepted: at most {most}, chosen with --arms")
     n = len(families)
     columns, lines = (n, 1) if n <= 3 else (math.ceil(n / 2), 2)
     figure, panels = plt.subplots(
