@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import schedulefree
 import torch
+from numpy.typing import NDArray
 from one_model import fleet_of, reference
 from typer.testing import CliRunner
 
+from lbw_rl.action import Action
 from lbw_rl.cli.app import app
+from lbw_rl.controller import Context, Controller
 from lbw_rl.controllers.open_loop import OpenLoop
 from lbw_rl.envs.families.transformer import FleetShape
 from lbw_rl.envs.mixture import ProxyKind
@@ -25,7 +28,9 @@ from lbw_rl.envs.schedule_free import schedule_free_losses
 from lbw_rl.envs.splits import SPLITS, split
 from lbw_rl.envs.tasks import SCHEDULES, WIDE, Tasks, sample_tasks
 from lbw_rl.features import FEATURES
+from lbw_rl.signals import Telemetry
 from lbw_rl.training_runs.evaluation import rollouts, session
+from lbw_rl.training_runs.evaluation.device_arm import BesideADevice
 from lbw_rl.training_runs.evaluation.report import read_evaluation
 from lbw_rl.training_runs.evaluation.rollouts import MOMENTS, governed, open_loop, tuned_adamw, tuned_schedule_free
 from lbw_rl.training_runs.evaluation.scores import PROFILE, score
@@ -235,6 +240,7 @@ def test_evaluate_judges_resumes_and_reports(
     arms = found["tiers"]["small"]
     assert {POLICY, REFERENCE, "LBW-Guard-style", "PID", "EntroPIC", session.REPLAY} <= set(arms)
     assert {f"policy blind to {group}" for group in session.SIGNAL_GROUPS} <= set(arms)
+    assert f"policy {session.BESIDE_A_DEVICE}" in arms
     assert {"policy of a single frame", *(f"policy deciding every {k} steps" for k in session.OTHER_PACES)} <= set(arms)
     assert list(found["policies"]) == [str(p) for p in policies]
     assert arms[REFERENCE]["iqm"] == 0.0
@@ -252,6 +258,31 @@ def test_evaluate_judges_resumes_and_reports(
     page = (tmp_path / "out/report.html").read_text()
     assert "LBW-Guard-style" in page
     assert "in 0 of 1 tiers" in page or "in 1 of 1 tiers" in page
+
+
+def test_beside_a_device_a_run_has_readings_of_its_own_that_come_again_with_its_seed() -> None:
+    class Listener(Controller):
+        def reset(self, context: Context) -> None:
+            self.heard: list[Telemetry] = []
+
+        def act(self, telemetry: Telemetry) -> Action:
+            self.heard.append(telemetry)
+            return Action(lr_scale=0.5)
+
+    def heard(seed: int) -> NDArray[np.float64]:
+        arm = BesideADevice(Listener())
+        arm.reset(Context(seed=seed))
+        assert [arm.act(Telemetry(step=float(k), loss=2.0)).lr_scale for k in range(50)] == [0.5] * 50
+        heard = arm.controller.heard
+        assert [t.step for t in heard] == list(range(50))
+        assert {t.loss for t in heard} == {2.0}
+        return np.array([[t.gpu_utilization, t.gpu_memory, t.gpu_power] for t in heard])
+
+    runs = [heard(seed) for seed in range(20)]
+    assert np.array_equal(runs[3], heard(3), equal_nan=True)
+    measured = ~np.isnan(np.array(runs))
+    assert 0.1 < measured.mean() < 0.9  # sensors that a run lacks, and readings that go missing
+    assert len(np.unique(np.array(runs)[measured])) == measured.sum()
 
 
 def test_the_groups_of_signals_are_features() -> None:

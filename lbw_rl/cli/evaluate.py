@@ -22,7 +22,10 @@ def evaluate(
     ),
     ablate: Annotated[
         bool,
-        typer.Option("--ablate", help="Also run the first policy blind to each group of signals, and at other paces."),
+        typer.Option(
+            "--ablate",
+            help="Also run the first policy blind to each group of signals, at other paces, and with readings of a device.",
+        ),
     ] = False,
     workers: Annotated[int | None, typer.Option(help="Local processes; default: one per core.", min=1)] = None,
     resume: Annotated[

@@ -16,6 +16,7 @@ from lbw_rl.controller import Controller
 from lbw_rl.controllers.ppo import FrozenPolicy, newest_pretrained
 from lbw_rl.policy import HEADER_FILE, load_policy
 from lbw_rl.registry import load_controller
+from lbw_rl.training_runs.evaluation.device_arm import BesideADevice
 from lbw_rl.training_runs.evaluation.rollouts import Ends, governed, open_loop, tuned_adamw, tuned_schedule_free
 from lbw_rl.training_runs.evaluation.scores import score
 from lbw_rl.training_runs.evaluation.tiers import MULTIPLIERS, SEEDS, Tier
@@ -47,7 +48,9 @@ SIGNAL_GROUPS = {
     "progress and schedule": ("progress", "schedule"),
 }  # fmt: skip
 """Signals that a policy may have learned to need, by what they tell of; with `ablate` it goes without each. The device is not among
-them: tiers have none, so that every policy is judged blind to it."""
+them: tiers have none, so that every policy is judged blind to it; with `ablate` it also runs `BESIDE_A_DEVICE`."""
+BESIDE_A_DEVICE = "beside a device"
+"""The change to a policy that gives it the made-up readings of a device that it had in training."""
 REMEMBERED = (
     "loss_level", "loss_trend", "loss_jump", "loss_noise", "grad_norm_jump", "grad_norm_level", "grad_agreement",
     "update_ratio_trend", "weight_growth",
@@ -74,7 +77,8 @@ def evaluate(
         policies: folders of frozen policies, taken as repetitions of one training; an `untrained` folder in one is a control.
         tiers: what to judge on.
         out: output folder; every arm and tier leaves a file in `ends/`.
-        ablate: let the first policy also run blind to each of `SIGNAL_GROUPS`, of a single frame, and at `OTHER_PACES`.
+        ablate: let the first policy also run blind to each of `SIGNAL_GROUPS`, of a single frame, at `OTHER_PACES`, and beside a
+            device.
         resume: keep what an earlier attempt finished.
         workers: processes, one torch thread each.
         meter: shows progress.
@@ -101,6 +105,7 @@ def evaluate(
         arms |= {f"policy blind to {group}": (str(policies[0]), names) for group, names in SIGNAL_GROUPS.items()}
         arms["policy of a single frame"] = (str(policies[0]), REMEMBERED)
         arms |= {f"policy deciding every {k} steps": (str(policies[0]), k) for k in OTHER_PACES}
+        arms[f"policy {BESIDE_A_DEVICE}"] = (str(policies[0]), BESIDE_A_DEVICE)
     jobs = [(tier, arm, what) for tier in tiers for arm, what in arms.items()]
     ends = _run(jobs, folder, workers, meter, 0, len(jobs) + len(tiers))
     # The replay needs what the first policy did.
@@ -179,8 +184,10 @@ def _job(tier: Tier, arm: str, what: Any) -> dict[str, Any]:
     return {"arm": arm, "tier": tier.name, **_json(ends), "settings": settings}
 
 
-def _ablated(folder: str, change: Sequence[str] | int) -> FrozenPolicy:
-    """A policy blind to some features, or at another pace."""
+def _ablated(folder: str, change: Sequence[str] | int) -> Controller:
+    """A policy blind to some features, at another pace, or `BESIDE_A_DEVICE`."""
+    if change == BESIDE_A_DEVICE:
+        return BesideADevice(FrozenPolicy(folder))
     return FrozenPolicy(folder, every=change) if isinstance(change, int) else FrozenPolicy(folder, change)
 
 
