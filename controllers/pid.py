@@ -23,7 +23,7 @@ class PID(Controller):
 
     Args:
         signal: what to hold: "update_ratio", "grad_norm" or "surprise".
-        setpoint: its value at the schedule's peak; "auto" takes 0.7/sqrt(total steps) for the update ratio.
+        setpoint: its value at the schedule's peak; "auto" takes 0.5/sqrt(total steps) for the update ratio.
         kp, ki, kd: proportional, integral and derivative gain per decision, in the log domain. The plant
             answers within one step, so ki alone sets the speed: 1 is dead-beat, 0.3 averages about three steps.
         deadband: |e| below this leaves the scale alone, in natural-log units.

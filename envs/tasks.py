@@ -152,7 +152,7 @@ class Variety:
 
 
 PLAIN = Variety()
-"""Sound runs at one batch size: what the shipped policy was trained on."""
+"""Sound runs at one batch size: what policies that set their scales themselves are trained on."""
 WIDE = Variety(batches=(1.0, 0.5, 0.25, 0.125), init_scale=(0.5, 2.0), noisy=0.25, faulty=0.4, dropout=(0.0, 0.5))
 """Runs of several batch sizes and initial scales, of which two in five meet a fault; with `WIDE_LR_ERROR`."""
 WIDE_LR_ERROR = (1e-3, 1e2)

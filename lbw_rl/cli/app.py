@@ -60,7 +60,9 @@ def demo(
     out.print(f"report: {path}")
 
 
-@app.command(epilog="Example: `lbw-rl train-policy --decisions 60000 --seed 0 --out my-policy`")
+@app.command(
+    epilog="Example: `lbw-rl train-policy --rule lbw-guard --mixture tokens --trials 192000 --decisions 0 --out my-policy`"
+)
 def train_policy(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder of the frozen policy.")],
     decisions: Annotated[

@@ -50,7 +50,7 @@ def stress(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
 ) -> None:
-    """Stress the learning rate over four decades: the governor against tuned AdamW and the strongest rivals.
+    """Stress the learning rate from 1/30 to 100 times the tuned one: the governor against tuned AdamW and the strongest rivals.
 
     Tunes AdamW over rate and schedule in every family, runs every arm at every multiplier and seed, and judges the
     governor: OUT/report.html, stress.json, results.json, tuning.json.
