@@ -98,7 +98,7 @@ class FrozenPolicy(Controller):
         """The policy's mean action, or the fallback's once that has taken over."""
         header = self.policy.header
         signals = telemetry.as_dict()
-        seen = relative(signals, self._proposed) if self._steers else signals
+        seen = self._relative(signals) if self._steers else signals
         rule = self._fallback.act(telemetry)  # kept warm, so that a hand-over has its baselines
         self._proposed = rule.lr_scale
         if self._held == 0:
@@ -123,6 +123,13 @@ class FrozenPolicy(Controller):
             regime=regime,
             evidence=evidence,
         )
+
+    def _relative(self, signals: Mapping[str, Any]) -> Mapping[str, Any]:
+        """As in training. A multiple that it cannot have asked for tells what was not executed, in shadow mode or under
+        a narrower authority, and nothing of the run: it counts as not measured."""
+        seen = relative(signals, self._proposed)
+        furthest = self.policy.header.reach[0] * (1 + 1e-6)
+        return seen if 1 / furthest <= seen["lr_scale"] <= furthest else {**seen, "lr_scale": math.nan}
 
     def _look(self, signals: Mapping[str, Any]) -> None:
         """The policy's own decision, and whether it was asked about something that it knows."""

@@ -92,6 +92,8 @@ class GovernedProxies:
         values["step"] = runs.step.astype(np.float64)
         values["progress"] = runs.step / tasks.horizon
         values["learning_rate"] = runs.learning_rate()
+        before = tasks.learning_rate(np.maximum(runs.step - 1, 0))
+        values["previous_learning_rate"] = np.where(runs.step > 0, before, np.nan)
         values["lr_scale"] = np.array([a.lr_scale for a in self.executed])
         values["momentum_scale"] = np.array([a.momentum_scale for a in self.executed])
         if not whole:

@@ -223,8 +223,14 @@ class Enforcer:
             "before_shadow": list(self._before_shadow),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`'s counters and budgets."""
+    def load_state_dict(self, state: Mapping[str, Any], mode: Mode | None = None) -> None:
+        """Restores `state_dict`'s counters and budgets.
+
+        Args:
+            state: what `state_dict` returned.
+            mode: that it was in; from another one than this, the same changes as `set_mode` makes. None: this one.
+        """
+        own = self.mode
         self.lr_scale, self._group_lr_scales = state["lr_scale"], tuple(state["group_lr_scales"])
         self.decisions = state["decisions"]
         self.faults = state["faults"]
@@ -233,6 +239,9 @@ class Enforcer:
         self._skips = list(state["skips"])
         rollbacks, last, skips = state["before_shadow"]
         self._before_shadow = (rollbacks, last, list(skips))
+        if mode not in (None, own):
+            self.mode = mode
+            self.set_mode(own)
 
 
 def _malformed(proposed: object, groups: int | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -41,6 +42,17 @@ log = logging.getLogger("lbw_rl")
 _COUNTED = ("decisions", "interventions", "skips", "rollbacks", "hand_overs")
 
 
+def _whole(name: str, value: Any, least: int) -> int:
+    """A plain int of whatever is one: numpy's and torch's are no JSON data."""
+    try:
+        whole = operator.index(int(value) if isinstance(value, float) and value.is_integer() else value)
+    except TypeError:
+        whole = least - 1
+    if whole < least:
+        raise ValueError(f"{name}: {value!r} is not accepted; accepted: a whole number, at least {least}")
+    return whole
+
+
 class Governor:
     """Governs an optimizer from above: its update rule, the loss, the gradients and the data stay as they are.
 
@@ -76,8 +88,8 @@ class Governor:
         sinks: told of every decision, on the first rank, as long as the governor is not closed; see `lbw_rl.sinks`.
 
     Raises:
-        ValueError: an unknown mode or controller, `total_steps` or `decide_every` below 1, an optimizer that another
-            governor still governs, or ranks that were set up differently.
+        ValueError: an unknown mode or controller, `total_steps`, `decide_every` or `seed` that is no whole number or too
+            small, an optimizer that another governor still governs, or ranks that were set up differently.
         PeerLostError: from `optimizer.step()`: a rank is gone. Going on would let the ranks' weights drift apart.
 
     The learning rate seen by schedulers and loggers is always the scheduled one: the scale lives only inside
@@ -90,7 +102,7 @@ class Governor:
         controller: str | Path | Controller = "lbw-guard",
         *,
         model: torch.nn.Module | None = None,
-        authority: Authority | None = None,
+        authority: Authority | Mapping[str, Any] | None = None,
         total_steps: int | None = None,
         mode: Mode = "govern",
         ledger: str | Path | None = None,
@@ -108,16 +120,15 @@ class Governor:
         sinks: Sequence[Sink] = (),
     ) -> None:
         check_mode(mode)
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"total_steps: {total_steps} must be at least 1, or None if unknown")
-        if decide_every < 1:
-            raise ValueError(f"decide_every: {decide_every} must be at least 1")
+        if total_steps is not None:
+            total_steps = _whole("total_steps", total_steps, 1)
+        decide_every, seed = _whole("decide_every", decide_every, 1), _whole("seed", seed, 0)
         self.optimizer = optimizer = unwrapped(optimizer)
         self._claim = Claim(optimizer)
         if governs(mode) and self._claim.refused:
             raise ValueError("optimizer: another governor governs it; accepted: close() that one first")
         self.controller = load_controller(controller)
-        self.authority = authority or Authority()
+        self.authority = authority if isinstance(authority, Authority) else Authority(**(authority or {}))
         facts = trainable(optimizer)
         self.context = Context(
             total_steps=total_steps,
@@ -148,6 +159,7 @@ class Governor:
         self._last_good = LastGood(Snapshot(optimizer, snapshot_bytes, model, moved), self.authority, self._fault)
         self._overhead = 0.0
         self._armed = False
+        self._previous_rate = NAN
         self._ahead: Measured | None = None
         self._hooks: StepHooks | None = None
         self._measurement: Measurement | None = None
@@ -318,6 +330,7 @@ class Governor:
             self._execution.arm(bad, action)
         if (self.step + 1) % self.context.decide_every == 0 and action.directive is Directive.PROCEED:
             self._measurement.before_step()  # first: a step that is handed over moves the weights
+        self._previous_rate = rate_on_host(self.optimizer.param_groups[0])  # before the scale is on it
         self._execution.execute(action)
         self._measurement.executed(action)
 
@@ -342,6 +355,7 @@ class Governor:
             "step": float(self.step),
             "progress": min(1.0, self.step / total) if total else NAN,
             "learning_rate": rate_on_host(self.optimizer.param_groups[0]),  # else the probe brings it along
+            "previous_learning_rate": self._previous_rate,
             "momentum": NAN if momentum is None else momentum,
             "lr_scale": self.executed.lr_scale,
             "momentum_scale": self.executed.momentum_scale,
@@ -409,11 +423,13 @@ class Governor:
             "step": self.step,
             "mode": self.mode,
             "rank": self._rank,
+            "governed_by": self.controller.name,
             "controller": self.controller.state_dict(),
             "enforcer": self._enforcer.state_dict(),
             "sgd_rate": self._sgd_rate.state_dict(),
             "measurement": self._measurement.state_dict() if self._measurement is not None else None,
             "armed": self._armed,
+            "previous_rate": self._previous_rate,
             "held": brief(self._execution.held),
             "executed": brief(self.executed),
             "recorder": self._recorder.state_dict(),
@@ -428,11 +444,18 @@ class Governor:
         start without its governor's state.
 
         With ranks it may be the state of another one, where only one of them saves.
+
+        Raises:
+            ValueError: it is the state of another controller. Nothing has been restored then.
         """
+        if (of := state.get("governed_by", self.controller.name)) != self.controller.name:
+            raise ValueError(
+                f"state: is of the controller {of!r}; accepted: of {self.controller.name!r}, which governs here, or none: it then starts anew"
+            )
         own = state["rank"] == self._rank
         self.step = state["step"]
         self.controller.load_state_dict(state["controller"])
-        self._enforcer.load_state_dict(state["enforcer"])
+        self._enforcer.load_state_dict(state["enforcer"], state["mode"])
         self._sgd_rate.load_state_dict(state["sgd_rate"])
         if self._measurement is not None and state["measurement"] is not None:
             self._measurement.load_state_dict(state["measurement"], own=own)
@@ -441,7 +464,7 @@ class Governor:
         held = self._enforcer.hold(unbrief(state["held"]), len(self.optimizer.param_groups))
         self._execution.held = held if self.mode in ("lr", "govern") else NEUTRAL
         self._ahead = None
-        self._armed = state["armed"]
+        self._armed, self._previous_rate = state["armed"], state.get("previous_rate", NAN)
         self._recorder.load_state_dict(state["recorder"])
         self._overhead = state["overhead_seconds"]
         shards_of_another = not own and self._measurement is not None and self._measurement.probe.sharded

@@ -190,7 +190,7 @@ class Measurement:
         packed = transfer = terms = None
         self.bad = None
         try:
-            window = self.observer.collect()
+            window = self.observer.collect(alone=self.exchange is None)
             packed = self.probe.pack(window.loss, window.step_loss, window.grad_norm, _loss_scale(self._scaler))
             transfer = Transfer(packed.values)
             terms = self.rate_meter.measured()
@@ -243,9 +243,13 @@ class Measurement:
             joined["steps_taken"] = column["steps_taken"][seen["steps_taken"]][:1]
         with np.errstate(all="ignore"):
             latest = np.where(seen["step_loss"], column["step_loss"], column["loss"])
-            bad = lost = seen["loss"] & ~np.isfinite(latest)
+            lost = seen["loss"] & ~np.isfinite(latest)
+            poisoned = np.zeros_like(lost)
             for name in ("norm", "shard_norm"):
-                bad = bad | (seen[name] & ~np.isfinite(column[name]))
+                poisoned = poisoned | (seen[name] & ~np.isfinite(column[name]))
+            if (seen["norm"] | seen["shard_norm"]).all() and not poisoned.any():
+                lost = np.zeros_like(lost)  # of a batch that the loop dropped: no gradient has it
+            bad = lost | poisoned
             bad = bad | seen["found_inf"] & (column["found_inf"] > 0)
             if seen["loss"].any():
                 signals["loss"] = float(column["loss"][seen["loss"]].astype(np.float64).mean())

@@ -49,16 +49,12 @@ class Observer:
         self._since = time.perf_counter()
         self._hook = model.register_forward_hook(self._on_forward, with_kwargs=True) if model is not None else None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Observer:
-        copied = Observer(
-            None, lambda *_: None
-        )  # a copy of the model brings its hook along: it must not collect for nobody
-        copied._deaf = True
-        return copied
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _deaf, ()  # a copy of the model, or a file of it, brings its hook along: it must not collect for nobody
 
     def loss(self, value: torch.Tensor | float) -> None:
         """Takes in one micro-batch's loss."""
-        self._explicit.append(torch.as_tensor(value).detach())
+        self._explicit.append(torch.as_tensor(value).detach().clone())  # which the caller may go on to divide in place
 
     def closure_loss(self, value: Any) -> None:
         """Takes in what an optimizer's closure returned, where nobody else told the loss of this step."""
@@ -82,10 +78,10 @@ class Observer:
     def peek(self, *, alone: bool) -> tuple[torch.Tensor | None, torch.Tensor | float | None]:
         """The loss and norm of the step at hand, within a window that goes on; the loss only for a process alone."""
         losses, earlier = (self._explicit, self._earlier[0]) if self._explicit else (self._from_model, self._earlier[1])
-        return (_means(losses[earlier:], 0)[0] if alone else None), self._grad_norm
+        return (_means(losses[earlier:], 0, alone=True)[0] if alone else None), self._grad_norm
 
-    def collect(self) -> Window:
-        """Ends the window."""
+    def collect(self, *, alone: bool) -> Window:
+        """Ends the window of a process alone, or of one among others."""
         losses, earlier = (self._explicit, self._earlier[0]) if self._explicit else (self._from_model, self._earlier[1])
         tokens = self._explicit_tokens or self._model_tokens
         now = time.perf_counter()
@@ -98,7 +94,7 @@ class Observer:
         self._explicit, self._from_model, self._grad_norm = [], [], None
         self._steps, self._since, self._earlier = 0, now, (0, 0)
         self._explicit_tokens = self._model_tokens = 0
-        return Window(*_means(losses, earlier), norm, clock)
+        return Window(*_means(losses, earlier, alone=alone), norm, clock)
 
     def state_dict(self) -> dict[str, Any]:
         """The window so far: a checkpoint may fall between two decisions."""
@@ -135,18 +131,31 @@ class Observer:
             self._fault("observer", e)
 
     def _hear(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        loss = getattr(output, "loss", None)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if isinstance(loss, torch.Tensor):
-            self._from_model.append(_own_mean(module, loss.detach(), kwargs))
+            self._from_model.append(_own_mean(module, loss.detach().clone(), kwargs))
         inputs = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(inputs, torch.Tensor) and not inputs.is_floating_point():
             self._model_tokens += inputs.numel()
 
 
-def _means(losses: list[torch.Tensor], earlier: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _deaf() -> Observer:
+    """One that hears nothing."""
+    observer = Observer(None, _tell_nobody)
+    observer._deaf = True
+    return observer
+
+
+def _tell_nobody(source: str, error: Exception) -> None:
+    pass
+
+
+def _means(losses: list[torch.Tensor], earlier: int, *, alone: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The mean of a window's losses and, where earlier steps brought some of them, of the latest step's.
 
-    What was not finite at an earlier step has had its consequences; it must not make the step at hand look poisoned.
+    What was not finite at an earlier step has had its consequences; it must not make the step at hand look poisoned. Nor must,
+    for a process `alone`, a batch that the loop or a `GradScaler` has dropped before: one loss of several that is not finite
+    is left out, since the gradients tell whether it is among them. With ranks it stays, to name the rank.
     """
     if not losses:
         return None, None
@@ -154,20 +163,27 @@ def _means(losses: list[torch.Tensor], earlier: int) -> tuple[torch.Tensor | Non
         loss = losses[0].float().mean()
         return loss, (None if earlier == 0 else loss.new_tensor(0.0))
     stacked = torch.stack([x.float().mean().to(losses[-1].device) for x in losses])
+    mean_at_hand = _finite_mean if alone else torch.mean
     if earlier == 0:
-        return stacked.mean(), None
-    latest = stacked[earlier:].mean() if earlier < len(losses) else stacked.new_zeros(())
-    finite = stacked.isfinite()
-    return torch.where(finite, stacked, 0.0).sum() / finite.sum(), latest
+        return mean_at_hand(stacked), None
+    latest = mean_at_hand(stacked[earlier:]) if earlier < len(losses) else stacked.new_zeros(())
+    return _finite_mean(stacked), latest
+
+
+def _finite_mean(values: torch.Tensor) -> torch.Tensor:
+    finite = values.isfinite()
+    return torch.where(finite, values, 0.0).sum() / finite.sum()
 
 
 def _own_mean(module: torch.nn.Module, loss: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
     """A micro-batch's mean loss, where the caller had it divided by the tokens of all micro-batches together.
 
     Hugging Face's `Trainer` does, with `num_items_in_batch`: each loss is then that micro-batch's share only. So do the
-    losses of causal language models, which shift their labels; others mostly ignore the argument.
+    losses of causal language models, those that see images among them, which shift their labels; others mostly ignore the argument.
     """
-    if getattr(module, "loss_type", "ForCausalLM") != "ForCausalLM":
+    kind = getattr(module, "loss_type", "ForCausalLM")
+    encoder = getattr(getattr(module, "config", None), "is_encoder_decoder", False)  # T5 and its kin: their own loss
+    if kind not in ("ForCausalLM", "ForConditionalGeneration") or encoder:
         return loss
     total, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
     if total is None or not isinstance(labels, torch.Tensor):

@@ -219,7 +219,8 @@ class Probe:
         group = self._sample.parts[0].group if self._sample.parts else {}
         if "betas" not in group:
             return math.nan, math.nan
-        return float(group["betas"][1]), float(group.get("eps", 1e-8))
+        eps = group.get("eps", 1e-8)
+        return float(group["betas"][1]), float(eps[0] if isinstance(eps, tuple | list) else eps)  # CAME has several
 
     def _lay_out(self) -> None:
         """Chooses the sample anew when what is trained changes (`add_param_group`, a loaded state, an unfreezing)."""

@@ -39,18 +39,28 @@ class RatioPlant:
     def __init__(self, half_life: float) -> None:
         self._log_gain = ExponentialMean(half_life)
         self._executed_lr: float | None = None
+        self._rise = 0.0  # of the scheduled rate within the last decision's steps; new at every observation
 
     def observe(self, t: Telemetry) -> None:
-        """Takes in the ratio of the last update, executed at the previous scheduled rate × the executed scale."""
-        if self._executed_lr and t.update_ratio > 0:
-            self._log_gain.update(math.log(t.update_ratio / (self._executed_lr * t.lr_scale)))
+        """Takes in the ratio of the last update, executed at the scheduled rate of its step × the executed scale.
+
+        Where that rate was not recorded (on an accelerator's own memory, or in an older ledger), the one of the last decision stands for it.
+        """
+        executed = t.previous_learning_rate if t.previous_learning_rate > 0 else self._executed_lr
+        self._rise = max(0.0, executed - self._executed_lr) if executed and self._executed_lr else 0.0
+        if executed and t.update_ratio > 0:
+            self._log_gain.update(math.log(t.update_ratio / (executed * t.lr_scale)))
         self._executed_lr = t.learning_rate if math.isfinite(t.learning_rate) else None
 
     def scale_for(self, ratio: float, learning_rate: float) -> float | None:
-        """The learning-rate scale that makes the next update `ratio`; None before the gain is known or where the schedule is at 0."""
+        """The learning-rate scale that makes the next update `ratio`; None before the gain is known or where the schedule is at 0.
+
+        Where a decision holds for several steps of a warmup, it is the last of them that is to reach `ratio`: the schedule is
+        taken to rise by as much as it did between the last decision and the next.
+        """
         if self._log_gain.count == 0 or not learning_rate > 0:
             return None
-        return ratio / (math.exp(self._log_gain.mean) * learning_rate)
+        return ratio / (math.exp(self._log_gain.mean) * (learning_rate + self._rise))
 
     def state_dict(self) -> dict[str, Any]:
         """The identified gain."""

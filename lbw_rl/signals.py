@@ -51,6 +51,13 @@ class Telemetry:
         "optimizer",
         "scheduled learning rate of the first parameter group, before the governor's scale",
     )
+    previous_learning_rate: float = _signal(
+        "1",
+        0,
+        INF,
+        "optimizer",
+        "scheduled learning rate of the previous step, which lr_scale and update_ratio tell of",
+    )
     momentum: float = _signal(
         "1",
         0,

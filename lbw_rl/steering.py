@@ -41,9 +41,10 @@ def relative(signals: Mapping[str, Any], proposed_lr_scale: Any) -> dict[str, An
 
     Args:
         signals: signal name → value, or values of n runs.
-        proposed_lr_scale: by the rule at the decision before, of the same shape; NaN before the first.
+        proposed_lr_scale: by the rule at the decision before, of the same shape; NaN before the first. Of 0 there is no multiple.
     """
-    return {**signals, "lr_scale": signals["lr_scale"] / proposed_lr_scale}
+    known = np.where(np.asarray(proposed_lr_scale) > 0, proposed_lr_scale, np.nan)
+    return {**signals, "lr_scale": signals["lr_scale"] / known}
 
 
 class Stretches:

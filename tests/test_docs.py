@@ -51,7 +51,8 @@ def test_the_plain_example_runs(tiny_qwen2, tmp_path, monkeypatch):
     names["governor"].close()
 
 
-def test_the_trainer_example_runs(tiny_qwen2, tmp_path):
+def test_the_trainer_example_runs(tiny_qwen2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     transformers = pytest.importorskip("transformers")
     data = [{"input_ids": torch.arange(8) % 64, "labels": torch.arange(8) % 64}] * 8
     args = transformers.TrainingArguments(
@@ -60,6 +61,7 @@ def test_the_trainer_example_runs(tiny_qwen2, tmp_path):
     names = {"Trainer": transformers.Trainer, "model": tiny_qwen2, "args": args, "data": data}
     exec(_example(1), names)
     assert names["governance"].governor.summary()["decisions"] == 3
+    assert len((tmp_path / "run/ledger.jsonl").read_text().splitlines()) == 4  # and a header
 
 
 # ---- docs/integrations.md

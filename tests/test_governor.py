@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from governed_runs import STEPS, WIDE, Scripted, backward, bits, executed_rates, same_bits, train_lm, train_mlp
@@ -275,8 +276,11 @@ def test_summary_has_its_keys_and_counts(make_mlp):
     [
         ({"mode": "advise"}, "mode: 'advise' is unknown; accepted: off, shadow, skip, lr, govern"),
         ({"controller": "lqr"}, "accepted: constant, pid, entropic, lbw-guard, ppo"),
-        ({"total_steps": 0}, "total_steps: 0 must be at least 1, or None"),
-        ({"decide_every": 0}, "decide_every: 0 must be at least 1"),
+        ({"total_steps": 0}, "total_steps: 0 is not accepted; accepted: a whole number, at least 1"),
+        ({"total_steps": 2.5}, "total_steps: 2.5 is not accepted"),
+        ({"decide_every": 0}, "decide_every: 0 is not accepted"),
+        ({"seed": "one"}, "seed: 'one' is not accepted; accepted: a whole number, at least 0"),
+        ({"authority": {"max_skip": 3}}, "max_skip"),
     ],
 )
 def test_a_bad_argument_is_refused_and_leaves_the_optimizer_alone(make_mlp, options, reason):
@@ -284,6 +288,40 @@ def test_a_bad_argument_is_refused_and_leaves_the_optimizer_alone(make_mlp, opti
     with pytest.raises(ValueError, match=reason):
         Governor(optimizer, **({"controller": "constant"} | options))
     assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_numbers_of_numpy_and_torch_and_a_mapping_of_rights_are_taken(make_mlp, tmp_path):
+    optimizer = torch.optim.SGD(make_mlp().parameters(), lr=0.1)
+    options = {
+        "total_steps": np.int64(300),
+        "seed": torch.tensor(3),
+        "decide_every": 2.0,
+        "authority": {"max_skips": 3},
+    }
+    with Governor(optimizer, "constant", ledger=tmp_path / "ledger.jsonl", **options) as governor:
+        assert (governor.context.total_steps, governor.context.seed, governor.context.decide_every) == (300, 3, 2)
+        assert governor.authority == Authority(max_skips=3)
+
+
+def test_the_state_of_another_controller_is_refused_whole(make_mlp):
+    optimizer = torch.optim.SGD(make_mlp().parameters(), lr=0.1)
+    with Governor(optimizer, "constant") as governor:
+        state = {**governor.state_dict(), "step": 7}
+    with Governor(optimizer, "lbw-guard") as other:
+        with pytest.raises(ValueError, match="state: is of the controller 'constant'; accepted: of 'lbw-guard'"):
+            other.load_state_dict(state)
+        assert other.step == 0
+
+
+def test_a_model_that_is_heard_can_be_pickled_whole(make_lm, tokens, tmp_path):
+    model = make_lm()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Governor(optimizer, "constant", model=model):
+        torch.save(model, tmp_path / "model.pt")
+        again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(
+        again(input_ids=tokens(0), labels=tokens(0)).loss, model(input_ids=tokens(0), labels=tokens(0)).loss
+    )
 
 
 # ---- attaching and letting go

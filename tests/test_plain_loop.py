@@ -111,6 +111,49 @@ def test_accumulation_decides_once_a_step_from_the_mean_loss_and_the_whole_gradi
     assert [t.grad_norm for t in controller.seen] == pytest.approx(run.norms, rel=1e-6)
 
 
+def test_a_batch_that_the_loop_itself_drops_does_not_cost_the_next_one(make_mlp):
+    controller = Scripted()
+    model = make_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    governor = Governor(optimizer, controller, measure_device=False)
+    for step in range(6):
+        loss = model(torch.full((4, 8), math.nan if step == 3 else 1.0)).square().mean()
+        governor.observe(loss)
+        if torch.isfinite(loss):
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    governor.close()
+    assert [t.nonfinite for t in controller.seen] == [0.0] * 5
+    assert all(math.isfinite(t.loss) for t in controller.seen)
+
+
+def test_a_batch_of_several_that_did_reach_the_gradient_still_counts(make_mlp):
+    controller = Scripted()
+    model = make_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with Governor(optimizer, controller, measure_device=False) as governor:
+        for value in (1.0, math.nan, 1.0):
+            loss = model(torch.full((4, 8), value)).square().mean()
+            governor.observe(loss)
+            loss.backward()
+        optimizer.step()
+    assert [t.nonfinite for t in controller.seen] == [1.0]
+
+
+def test_a_loss_that_is_divided_in_place_is_heard_as_it_was(make_lm, tokens):
+    controller = Scripted()
+    model = make_lm()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with Governor(optimizer, controller, model=model, measure_device=False):
+        loss = model(input_ids=tokens(0), labels=tokens(0)).loss
+        heard = loss.item()
+        loss /= 8
+        loss.backward()
+        optimizer.step()
+    assert controller.seen[0].loss == heard
+
+
 def test_a_skipped_step_equals_one_whose_batches_never_came(make_mlp):
     skipping = Run(make_mlp()).govern(Scripted({5: Action(directive=Directive.SKIP)})).train()
     assert skipping.governor.summary()["skips"] == 1

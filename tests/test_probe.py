@@ -257,6 +257,17 @@ def test_no_gradient_and_no_loss_measure_nothing(make_mlp):
     assert Measuring(torch.optim.SGD(make_mlp().parameters(), lr=0.1)).measure(None, None) == {}
 
 
+def test_an_optimizer_of_several_eps_is_measured(make_mlp):
+    """CAME has two, and three betas."""
+    model = make_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for group in optimizer.param_groups:
+        group |= {"betas": (0.9, 0.999, 0.9999), "eps": (1e-30, 1e-16)}
+    probe = Measuring(optimizer)
+    measured_step(probe, optimizer, backward(model, 0))
+    assert probe.measure(None, None)["update_ratio"] > 0
+
+
 def test_vectors_are_sampled_where_there_is_no_matrix():
     p = torch.nn.Parameter(torch.ones(10))
     optimizer = torch.optim.SGD([p], lr=0.1)

@@ -14,6 +14,10 @@ from lbw_rl.stages import MODES, Switch
 WIDE = Authority(lr_scale=(1e-3, 100.0), slew_up=1000.0, max_rollbacks=3, rollback_cooldown=0, snapshot_every=1)
 
 
+def replace_rights(authority, **changes):
+    return Authority(**{**authority.model_dump(), **changes})
+
+
 class Scripted(Controller):
     """Acts by a script, repeating its last action."""
 
@@ -99,6 +103,44 @@ def test_promotion_climbs_from_what_is_executed_not_from_what_shadow_mode_dreamt
     governor = Governor(optimizer, Scripted(Action(lr_scale=100.0)), authority=authority, mode="shadow")
     rates, _ = train(model, optimizer, 12, lambda step: step == 10 and governor.set_mode("lr"))
     assert rates[10:] == pytest.approx([2e-3, 4e-3])
+
+
+@pytest.mark.parametrize("mode", ["lr", "govern"])
+def test_a_run_resumed_in_another_mode_climbs_from_what_was_executed(mode, make_mlp):
+    model = make_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    options = {"authority": Authority(lr_scale=(1e-3, 100.0), slew_up=2.0)}
+    before = Governor(optimizer, Scripted(Action(lr_scale=100.0)), mode="shadow", **options)
+    train(model, optimizer, 10)
+    state = before.state_dict()
+    before.close()
+    after = Governor(optimizer, Scripted(Action(lr_scale=100.0)), mode=mode, **options)
+    after.load_state_dict(state)
+    rates, _ = train(model, optimizer, 2)
+    assert rates == pytest.approx([2e-3, 4e-3])
+
+
+def test_no_budget_is_won_or_lost_by_resuming_in_shadow_mode(make_mlp):
+    """Of one rollback allowed: done, it is spent whatever shadow mode ruled since; only ruled in shadow mode, it is left."""
+    model = make_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    rights = replace_rights(WIDE, max_rollbacks=1)
+
+    def resumed(state, mode, steps):
+        governor = Governor(optimizer, Scripted(HALVE, BACK), authority=rights, mode=mode)
+        if state is not None:
+            governor.load_state_dict(state)
+        train(model, optimizer, steps)
+        told = governor.state_dict()
+        governor.close()
+        return told, governor.last_ruling
+
+    spent, _ = resumed(None, "govern", 2)
+    through_shadow, _ = resumed(spent, "shadow", 3)
+    assert "rollback denied: 1 done, 1 allowed" in resumed(through_shadow, "govern", 2)[1].reasons
+    dreamt, _ = resumed(None, "shadow", 2)
+    _, ruling = resumed(dreamt, "govern", 2)
+    assert ruling.action.directive is Directive.ROLLBACK
 
 
 def test_a_control_file_changes_the_mode(make_mlp, tmp_path, caplog):

@@ -70,6 +70,40 @@ def governed(controller, lr=1e-3, steps=40):
     return [p.detach().clone() for p in model.parameters()]
 
 
+def test_a_rule_that_proposed_to_stand_still_is_no_unit():
+    assert math.isnan(relative({"lr_scale": 0.5}, 0.0)["lr_scale"])
+    assert relative({"lr_scale": 0.5}, 0.25)["lr_scale"] == 2.0
+
+
+def short_run(controller, planned, steps, mode="govern", authority=WIDE):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    options = {"authority": authority, "total_steps": planned, "mode": mode, "measure_device": False}
+    with Governor(optimizer, controller, **options) as governor:
+        train_mlp(model, optimizer, governor, steps)
+    return governor
+
+
+def test_past_the_planned_end_a_policy_stays_with_its_rule(tmp_path):
+    policy, rule = (short_run(c, 10, 30) for c in (str(frozen(tmp_path / "zeros", (0.0, 0.0))), "lbw-guard"))
+    assert policy.summary()["faults"] == {}
+    assert policy.executed.lr_scale == rule.executed.lr_scale
+
+
+@pytest.mark.parametrize(("mode", "authority"), [("shadow", WIDE), ("govern", Authority())])
+def test_a_scale_that_was_not_executed_is_no_unfamiliar_run(mode, authority, tmp_path):
+    """In shadow mode, or under bounds too narrow for what its rule asks, a wrong rate must not hand the run to the rule for good."""
+    folder = frozen(tmp_path / "policy", (0.1, 0.0))
+    header = json.loads((folder / "policy.json").read_text())
+    scale = list(FEATURES).index("lr_scale")
+    header["std"][scale] = 0.1  # as in training: a policy sees its own multiples
+    (folder / "policy.json").write_text(json.dumps(header))
+    governor = short_run(str(folder), 100, 60, mode, authority)
+    assert governor.last_telemetry.lr_scale < 1.5  # where the rule asks for hundreds
+    assert governor.summary()["controller"] == {"unfamiliar_decisions": 0, "fallback_active": False}
+
+
 def test_a_policy_of_zeros_is_the_rule_in_every_bit(tmp_path):
     zeros = governed(str(frozen(tmp_path / "zeros", (0.0, 0.0))))
     for ours, rule in zip(zeros, governed("lbw-guard"), strict=True):
