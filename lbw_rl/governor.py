@@ -465,7 +465,7 @@ class Governor:
         self._execution.held = held if self.mode in ("lr", "govern") else NEUTRAL
         self._ahead = None
         self._armed, self._previous_rate = state["armed"], state.get("previous_rate", NAN)
-        self._recorder.load_state_dict(state["recorder"])
+        self._recorder.load_state_dict(state["recorder"], self.step)
         self._overhead = state["overhead_seconds"]
         shards_of_another = not own and self._measurement is not None and self._measurement.probe.sharded
         if state["snapshot"] is not None and not shards_of_another:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lbw_rl.action import Action, Directive
 from lbw_rl.controller import Context
-from lbw_rl.ledger import LEDGER_SCHEMA, Ledger, latest_header
+from lbw_rl.ledger import LEDGER_SCHEMA, Ledger, latest_header, truncate_jsonl
 from lbw_rl.signals import SIGNALS, Telemetry
 from lbw_rl.stages import Mode
 
@@ -40,12 +40,15 @@ class Recorder:
         self.digest = "0" * 12
         """12 hex digits over all decisions so far, clock and device signals left out."""
         self._ledger: Ledger | None = None
+        self._header = {"schema": LEDGER_SCHEMA, **header}
+        self._begun_before = False
         if path is None:
             return
         try:
             self._ledger = Ledger(path)
-            if not _same_run(latest_header(path), header):
-                self._ledger.write("header", {"schema": LEDGER_SCHEMA, **header})
+            self._begun_before = _same_run(latest_header(path), header)
+            if not self._begun_before:
+                self._ledger.write("header", self._header)
         except OSError as e:
             self.fault("ledger", e, 0)
 
@@ -90,6 +93,9 @@ class Recorder:
         self._extend_digest(step, telemetry, executed, ruled)
         if self._ledger is None:
             return
+        if self._begun_before and step == 0:  # the same script once more: a run of its own
+            self._line("header", self._header, step)
+        self._begun_before = False
         record = {
             "step": step,
             "telemetry": telemetry.as_record(),
@@ -143,10 +149,20 @@ class Recorder:
         """The counters, as JSON data."""
         return {**self.totals(), "digest": self.digest}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`."""
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Restores `state_dict`; the ledger loses the steps from `step` on, which are taken again."""
         self.counts, self.regimes, self.faults = (Counter(state[k]) for k in ("counts", "regimes", "faults"))
         self.digest = state["digest"]
+        self._begun_before = False
+        if self._ledger is None:
+            return
+        path = self._ledger.path
+        try:
+            self._ledger.close()
+            truncate_jsonl(path, step)
+            self._ledger = Ledger(path)
+        except OSError as e:
+            self.fault("ledger", e, step)
 
     def close(self, step: int) -> None:
         """Closes the ledger; counters stay readable."""

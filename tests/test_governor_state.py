@@ -149,3 +149,32 @@ def test_a_state_from_a_wider_authority_is_held_to_the_present_one(make_mlp):
         resumed.load_state_dict(governor.state_dict())
         train_mlp(model, optimizer, resumed, steps=2, start=2)  # the rest of the window
         assert rates == [expected, expected]
+
+
+# ---- its ledger
+
+
+def governed_into(ledger, make_mlp, steps, state=None):
+    """A plain loop; returns its governor's last state."""
+    model = make_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Governor(optimizer, "constant", ledger=ledger, total_steps=30, measure_device=False) as governor:
+        if state is not None:
+            governor.load_state_dict(state)
+        train_mlp(model, optimizer, governor, steps=steps, start=governor.step)
+        return governor.state_dict()
+
+
+def test_a_loop_resumed_from_an_older_checkpoint_writes_no_step_twice(make_mlp, tmp_path):
+    at_ten = governed_into(tmp_path / "ledger.jsonl", make_mlp, 10)
+    governed_into(tmp_path / "ledger.jsonl", make_mlp, 5, at_ten)  # killed at 15
+    governed_into(tmp_path / "ledger.jsonl", make_mlp, 20, at_ten)
+    header, *decisions = read_ledger(tmp_path / "ledger.jsonl")
+    assert header["type"] == "header"
+    assert [record["step"] for record in decisions] == list(range(30))
+
+
+def test_a_script_that_runs_twice_leaves_two_runs_in_its_ledger(make_mlp, tmp_path):
+    for _ in range(2):
+        governed_into(tmp_path / "ledger.jsonl", make_mlp, 3)
+    assert [record.get("step") for record in read_ledger(tmp_path / "ledger.jsonl")] == [None, 0, 1, 2] * 2
