@@ -172,7 +172,7 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     local = _shard(tensor.detach())
     if local.device.type == "cpu":
         return local.clone()
-    copied = torch.empty(local.shape, dtype=local.dtype, pin_memory=True)
+    copied = torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=True)
     return copied.copy_(local, non_blocking=True)
 
 

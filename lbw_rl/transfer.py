@@ -22,7 +22,7 @@ class Transfer:
         if values.device.type == "cpu":
             self._host = values
             return
-        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
         self._host.copy_(values, non_blocking=True)
         self._event = torch.Event(device=values.device)
         self._event.record()
