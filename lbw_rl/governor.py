@@ -24,6 +24,7 @@ from lbw_rl.enforcer import Enforcer, Ruling
 from lbw_rl.exchange import PeerLostError, exchange_for
 from lbw_rl.execution import Execution
 from lbw_rl.last_good import LastGood
+from lbw_rl.leading_group import LeadingGroup
 from lbw_rl.ledger import ledger_of_rank
 from lbw_rl.measurement import Measured, Measurement
 from lbw_rl.momentum import scheduled_momentum
@@ -159,7 +160,7 @@ class Governor:
         self._last_good = LastGood(Snapshot(optimizer, snapshot_bytes, model, moved), self.authority, self._fault)
         self._overhead = 0.0
         self._armed = False
-        self._previous_rate = NAN
+        self._leading, self._previous_rate = LeadingGroup(optimizer), NAN
         self._ahead: Measured | None = None
         self._hooks: StepHooks | None = None
         self._measurement: Measurement | None = None
@@ -330,7 +331,7 @@ class Governor:
             self._execution.arm(bad, action)
         if (self.step + 1) % self.context.decide_every == 0 and action.directive is Directive.PROCEED:
             self._measurement.before_step()  # first: a step that is handed over moves the weights
-        self._previous_rate = rate_on_host(self.optimizer.param_groups[0])  # before the scale is on it
+        self._previous_rate = rate_on_host(self._leading())  # before the scale is on it
         self._execution.execute(action)
         self._measurement.executed(action)
 
@@ -350,11 +351,12 @@ class Governor:
         if self._measurement is None:
             return Measured(Telemetry())
         total = self.context.total_steps
-        momentum = scheduled_momentum(self.optimizer.param_groups[0])
+        leading = self._leading()
+        momentum = scheduled_momentum(leading)
         known = {
             "step": float(self.step),
             "progress": min(1.0, self.step / total) if total else NAN,
-            "learning_rate": rate_on_host(self.optimizer.param_groups[0]),  # else the probe brings it along
+            "learning_rate": rate_on_host(leading),  # else the probe brings it along
             "previous_learning_rate": self._previous_rate,
             "momentum": NAN if momentum is None else momentum,
             "lr_scale": self.executed.lr_scale,
@@ -429,6 +431,7 @@ class Governor:
             "sgd_rate": self._sgd_rate.state_dict(),
             "measurement": self._measurement.state_dict() if self._measurement is not None else None,
             "armed": self._armed,
+            "leading_group": self._leading.index,
             "previous_rate": self._previous_rate,
             "held": brief(self._execution.held),
             "executed": brief(self.executed),
@@ -464,7 +467,8 @@ class Governor:
         held = self._enforcer.hold(unbrief(state["held"]), len(self.optimizer.param_groups))
         self._execution.held = held if self.mode in ("lr", "govern") else NEUTRAL
         self._ahead = None
-        self._armed, self._previous_rate = state["armed"], state.get("previous_rate", NAN)
+        self._armed = state["armed"]
+        self._leading.index, self._previous_rate = state.get("leading_group"), state.get("previous_rate", NAN)
         self._recorder.load_state_dict(state["recorder"], self.step)
         self._overhead = state["overhead_seconds"]
         shards_of_another = not own and self._measurement is not None and self._measurement.probe.sharded

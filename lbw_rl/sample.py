@@ -75,6 +75,7 @@ class Sample:
         self.sharded = any(is_sharded(p) for p in self.parameters)
         """Whether gradients are spread over ranks."""
         self.device = _local(chosen[0][0]).device if chosen else torch.device("cpu")
+        self._spread = len({p.device for p, _ in chosen}) > 1  # layers of one model on several devices
 
     @torch.no_grad()
     def gather(
@@ -99,6 +100,8 @@ class Sample:
             pieces = [_elements(t, part) for t, part in zip(sources, self.parts)]
             if views is not None and all(t is None or t.is_contiguous() for t in sources):
                 views[:] = list(zip(pointers, pieces))
+        if self._spread:
+            pieces = [piece.to(self.device, non_blocking=True) for piece in pieces]
         return (torch.cat(pieces) if self.whole else torch.cat(self._padded(pieces))).float()
 
     def _padded(self, pieces: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -49,7 +49,7 @@ class Telemetry:
         0,
         INF,
         "optimizer",
-        "scheduled learning rate of the first parameter group, before the governor's scale",
+        "scheduled learning rate of the first parameter group that trains, before the governor's scale",
     )
     previous_learning_rate: float = _signal(
         "1",
@@ -63,7 +63,7 @@ class Telemetry:
         0,
         1,
         "optimizer",
-        "scheduled β1 or momentum of the first parameter group, before the governor's scale; 0 without any, NaN where it is not known",
+        "scheduled β1 or momentum of that parameter group, before the governor's scale; 0 without any, NaN where it is not known",
     )
     lr_scale: float = _signal("1", 0, INF, "governor", "learning-rate scale executed at the previous step")
     momentum_scale: float = _signal(

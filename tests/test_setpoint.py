@@ -3,8 +3,9 @@
 import math
 
 import pytest
+import torch
 
-from lbw_rl import Telemetry
+from lbw_rl import Authority, Governor, Telemetry
 from lbw_rl.setpoint import RatioPlant
 
 GAIN, TARGET = 7.0, 0.02
@@ -54,3 +55,27 @@ def test_a_falling_schedule_begins_each_decision_at_the_target():
     measured = ratios_at_the_last_steps(10, schedule=falling)
     expected = [TARGET * falling(step - 1) / falling(step - 10) for step in range(20, 120, 10)]
     assert measured == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_first_group_that_waits_at_rate_zero_leaves_the_run_governed(make_mlp):
+    """Gradual unfreezing: the group that trains leads, and goes on to when the other one wakes up."""
+    model = make_mlp()
+    first, last = model[0].parameters(), model[2].parameters()
+    optimizer = torch.optim.AdamW([{"params": first, "lr": 0.0}, {"params": last, "lr": 1e-4}])
+    rights = Authority(lr_scale=(1e-3, 100.0))
+    told = []
+    with Governor(optimizer, "lbw-guard", authority=rights, total_steps=60, measure_device=False) as governor:
+        for step in range(30):
+            if step == 20:
+                optimizer.param_groups[0]["lr"] = 1e-6
+            optimizer.zero_grad()
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            optimizer.step()
+            told.append(governor.last_telemetry.learning_rate)
+        state = governor.state_dict()
+        assert governor.executed.lr_scale > 10  # 1e-4 is far too low for this model
+    assert told == [1e-4] * 30
+    with Governor(optimizer, "lbw-guard", authority=rights, total_steps=60) as resumed:
+        resumed.load_state_dict(state)
+        assert resumed.measure().learning_rate == 1e-4
