@@ -150,6 +150,7 @@ class FrozenPolicy(Controller):
     def state_dict(self) -> dict[str, Any]:
         """Feature means, out-of-distribution record and the fallback's own state."""
         return {
+            "policy": self.policy.fingerprint,
             "tracker": self._tracker.state_dict(),
             "recent": list(self._recent),
             "unfamiliar": self._unfamiliar,
@@ -163,7 +164,16 @@ class FrozenPolicy(Controller):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`."""
+        """Restores `state_dict`.
+
+        Raises:
+            ValueError: it is the state of another policy.
+        """
+        if state.get("policy", self.policy.fingerprint) != self.policy.fingerprint:
+            raise ValueError(
+                f"state: is of another policy ({state['policy'][:12]}…) than {self.folder} holds now "
+                f"({self.policy.fingerprint[:12]}…); accepted: the same policy, or a new run"
+            )
         self._tracker.load_state_dict(state["tracker"])
         self._recent = deque(state["recent"], maxlen=self.policy.header.fallback.window)
         self._unfamiliar, self._fallen_back = state["unfamiliar"], state["fallen_back"]

@@ -205,6 +205,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         # The devices' are apart, so that which tasks follow does not depend on how long the runs before them lasted.
         self._generators: list[np.random.Generator] = []
         self._device_generators: list[np.random.Generator] = []
+        self._seen: tuple[NDArray[np.float32], Arrays] | None = None  # last, of all runs
         self._gain = HeldOutGain(num_envs)
         self._watch, self._base_watch = DivergenceWatch(num_envs), DivergenceWatch(num_envs)
 
@@ -219,15 +220,21 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
             ValueError: as many seeds, tasks or mask entries as there are runs are needed.
         """
         options = options or {}
-        self._seed(seed)
         mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, dtype=bool)))
         if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
             raise ValueError(f"options['reset_mask'] must be booleans of shape ({self.num_envs},), at least one true")
         rows = [int(i) for i in np.flatnonzero(mask)]
+        self._seed(seed, mask)
         observation, telemetry = self._start(rows, options.get("tasks"))
+        if len(rows) < self.num_envs and self._seen is not None:  # the others go on where they are
+            observation = np.where(mask[:, None], observation, self._seen[0])
+            telemetry = {
+                name: np.where(mask, value, self._seen[1].get(name, value)) for name, value in telemetry.items()
+            }
+        self._seen = observation.copy(), telemetry
         return observation, self._info(telemetry)
 
-    def _seed(self, seed: int | Sequence[int | None] | None) -> None:
+    def _seed(self, seed: int | Sequence[int | None] | None, mask: Mask) -> None:
         if isinstance(seed, int | np.integer):
             seed = [int(seed) + i for i in range(self.num_envs)]
         elif seed is None:
@@ -239,7 +246,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
             self._device_generators = [g.spawn(1)[0] for g in self._generators]
             return
         for row, s in enumerate(seed):
-            if s is not None:
+            if s is not None and mask[row]:  # a run that goes on keeps what its tasks are drawn with
                 self._generators[row] = np.random.default_rng(s)
                 self._device_generators[row] = self._generators[row].spawn(1)[0]
 
@@ -305,6 +312,7 @@ class ProxyTrainingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.float32],
         info = self._info(telemetry)
         if (done := terminated | truncated).any():
             observations, info = self._restart(done, observations, info)
+        self._seen = observations.copy(), info["telemetry"]
         return observations, rewards, terminated, truncated, info
 
     def _observe(self, rows: Sequence[int]) -> tuple[NDArray[np.float32], Arrays]:

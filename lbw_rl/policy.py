@@ -21,7 +21,7 @@ from safetensors.numpy import save as save_safetensors
 
 from lbw_rl.authority import Authority
 from lbw_rl.features import FEATURE_LIMIT, FEATURE_SCHEMA, FEATURES
-from lbw_rl.registry import CONTROLLERS
+from lbw_rl.registry import check_rule
 from lbw_rl.steering import REACH
 
 POLICY_SCHEMA = 2
@@ -53,10 +53,7 @@ class Fallback(BaseModel):
     @field_validator("controller")
     @classmethod
     def _is_a_rule(cls, name: str) -> str:
-        rules = [c for c in CONTROLLERS if c not in ("ppo", "random", "open-loop")]
-        if name not in rules:
-            raise ValueError(f"{name!r} is no rule-based controller; accepted: {', '.join(rules)}")
-        return name
+        return check_rule(name)
 
 
 class PolicyHeader(BaseModel):

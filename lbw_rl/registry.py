@@ -21,6 +21,19 @@ _CLASSES = {
 
 CONTROLLERS: tuple[str, ...] = tuple(_CLASSES)
 """Names that `load_controller` accepts."""
+RULES: tuple[str, ...] = tuple(name for name in CONTROLLERS if name not in ("ppo", "random", "open-loop"))
+"""Those of them that are rules: what a policy may be relative to and hand over to."""
+
+
+def check_rule(name: str) -> str:
+    """The name, if it is a rule's.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if name not in RULES:
+        raise ValueError(f"rule: {name!r} is no rule-based controller; accepted: {', '.join(RULES)}")
+    return name
 
 
 def load_controller(controller: str | Path | Controller, **options: Any) -> Controller:

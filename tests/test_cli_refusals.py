@@ -161,6 +161,14 @@ BAD = {
         [*COMPARE, "--set", "train.threads=2"],
         ["set: train.threads=2 has no effect in a comparison", "--workers"],
     ),
+    "compare: a controller's option for all": (
+        [*COMPARE, "--set", "controller.options.kp=5"],
+        ["set: controller.options.kp=5 has no effect", "accepted: --controllers pid@controller.options.kp=0.2"],
+    ),
+    "train-policy: rule": (
+        ["train-policy", "--rule", "ppo", "--out", "{}/out"],
+        ["rule: 'ppo' is no rule-based controller", "accepted: constant, pid, entropic, lbw-guard"],
+    ),
     "compare: an arm of what the grid decides": (
         ["compare", "mini-qwen2", "--controllers", "pid@train.lr_multiplier=3", "--out", "{}/out"],
         ["set: train.lr_multiplier=3 has no effect", "--lr-multipliers sets it"],

@@ -285,6 +285,12 @@ def test_beside_a_device_a_run_has_readings_of_its_own_that_come_again_with_its_
     assert len(np.unique(np.array(runs)[measured])) == measured.sum()
 
 
+def test_a_policy_is_judged_once(tmp_path: Path, policy_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"policies: .* each once"):
+        evaluate([policy_folder, policy_folder / ".." / policy_folder.name], [TIER], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_groups_of_signals_are_features() -> None:
     named = [name for names in session.SIGNAL_GROUPS.values() for name in names]
     assert len(named) == len(set(named))

@@ -210,6 +210,22 @@ def test_a_restart_leaves_the_other_runs_bitwise_alone() -> None:
         assert np.array_equal(a[0][1], b[0][1]) is (k < 3)
 
 
+def test_what_was_seen_of_the_other_runs_stays_after_a_restart_and_a_seed_is_not_theirs() -> None:
+    env, undisturbed = make(2, horizon=(14, 14)), make(2, horizon=(14, 14))
+    actions = np.zeros((2, 2), dtype=np.float32)
+    mask = np.array([True, False])
+    for e in (env, undisturbed):
+        e.reset(seed=5)
+        seen = e.step(actions)
+    observation, info = env.reset(seed=9, options={"reset_mask": mask})
+    assert np.array_equal(observation[1], seen[0][1])
+    assert not np.array_equal(observation[0], seen[0][0])
+    for name, value in info["telemetry"].items():
+        assert np.array_equal(value[1], seen[4]["telemetry"][name][1], equal_nan=True), name
+    for _ in range(10):  # past the end of their first task
+        assert np.array_equal(env.step(actions)[0][1], undisturbed.step(actions)[0][1])
+
+
 def test_same_seed_same_bits_and_one_seed_per_run() -> None:
     def rollout(seed: Any) -> list[np.ndarray]:
         env = make(3)

@@ -180,6 +180,7 @@ def test_reference_and_subjects_have_sensible_defaults() -> None:
     assert default_subjects(rows, "AdamW") == ["lbw-guard"]
     learned = [row("ppo"), row("my policy", controller="out/policy"), row("ppo untrained", controller="out/untrained")]
     assert default_subjects(rows + learned, "AdamW") == ["ppo", "my policy"]
+    assert default_subjects([*rows, row("replay", controller="open-loop")], "AdamW") == ["lbw-guard"]
 
 
 def test_an_unknown_arm_is_refused_and_no_rows_are_no_error() -> None:

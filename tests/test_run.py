@@ -1,7 +1,11 @@
 """One governed run: what it writes, how it ends, and that a kill changes nothing."""
 
+import contextlib
 import json
 import math
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -350,6 +354,49 @@ def test_a_finished_run_is_returned_as_it_is(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("lbw_rl.training_runs.run.TrainingTask", lambda *_: pytest.fail("it trained again"))
     assert run(recipe(), tmp_path, resume=True) == first
     assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
+
+
+def test_a_finished_run_on_another_text_is_refused(recipe, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question. " * 400)
+    settings = [f"data.corpus={text}", "data.vocab_size=300"]
+    first = run(recipe(*settings), tmp_path / "run")
+    assert run(recipe(*settings), tmp_path / "run", resume=True) == first
+    text.write_text("whether 'tis nobler in the mind to suffer. " * 400)
+    assert "was trained on another text" in refusal(recipe(*settings), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_policy_under_the_same_name_is_refused(finished, recipe, tmp_path, policy_folder):
+    folder = tmp_path / "policy"
+    shutil.copytree(policy_folder, folder)
+    settings = [f"controller.name={folder}", "train.checkpoint_every=2"]
+
+    def interrupt(done: int, *_: Any) -> None:
+        if not finished and done == 3:
+            raise Interruption
+
+    with contextlib.nullcontext() if finished else pytest.raises(Interruption):
+        run(recipe(*settings), tmp_path / "run", progress=interrupt)
+    header = json.loads((folder / "policy.json").read_text())
+    header["fallback"]["window"] += 1  # the weights are the same, what it does is not
+    (folder / "policy.json").write_text(json.dumps(header))
+    assert "another policy" in refusal(recipe(*settings), tmp_path / "run", resume=True)
+
+
+def test_the_kill_signal_never_ends_a_run_that_nothing_governs(recipe, tmp_path):
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    try:
+        killed = run(
+            recipe(),
+            tmp_path,
+            mode="off",
+            kill_signal=signal.SIGUSR1,
+            progress=lambda done, *_: os.kill(os.getpid(), signal.SIGUSR1),
+        )
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert killed["mode"] == "off"
 
 
 def refusal(*args: Any, **kwargs: Any) -> str:

@@ -56,6 +56,21 @@ def refuse_what_grids_decide(settings: Sequence[str]) -> None:
             )
 
 
+def refuse_for_all_arms(settings: Sequence[str]) -> None:
+    """Refuses `key=value` settings that are to hold for all arms and cannot: besides the grid's own, a controller's.
+
+    Raises:
+        ValueError: there is one; says where it goes.
+    """
+    refuse_what_grids_decide(settings)
+    for setting in settings:
+        if setting.strip().startswith("controller."):
+            raise ValueError(
+                f"set: {setting.strip()} has no effect in a comparison: every arm brings its own controller; "
+                "accepted: --controllers pid@controller.options.kp=0.2"
+            )
+
+
 class Progress(Protocol):
     """Told after every finished run."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lbw_rl.policy import CARD_FILE, HEADER_FILE, load_policy, save_policy
+from lbw_rl.registry import check_rule
 from lbw_rl.training_runs.actor import Actor
 from lbw_rl.training_runs.folders import prepare_output
 from lbw_rl.training_runs.policy_evaluation import Act, uniform
@@ -73,8 +74,10 @@ def train_and_freeze(
         (policy → its evaluation).
 
     Raises:
-        ValueError: the output folder is in use, or the checkpoint is of another training.
+        ValueError: `rule` is none, the output folder is in use, or the checkpoint is of another training.
     """
+    if rule is not None:
+        check_rule(rule)  # not after the training
     folder = prepare_output(out, resume)
     if (folder / HEADER_FILE).exists():
         provenance = load_policy(folder).header.provenance

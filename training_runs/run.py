@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import shutil
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,13 @@ from lbw_rl.training_runs.folders import (
 )
 from lbw_rl.training_runs.health import unhealthy
 from lbw_rl.training_runs.run_state import give_back, governor_state, newest_state, run_state
-from lbw_rl.training_runs.same_run import check_same_mode, check_same_recipe, refuse_former_checkpoint
+from lbw_rl.training_runs.same_run import (
+    check_same_inputs,
+    check_same_mode,
+    check_same_recipe,
+    fingerprint_of,
+    refuse_former_checkpoint,
+)
 
 log = logging.getLogger("lbw_rl")
 
@@ -112,15 +119,19 @@ def run(
         PeerLostError: another rank is gone; a resume goes on from the last checkpoint.
     """
     check_mode(mode)
+    if kill_signal is not None and signal.getsignal(kill_signal) == signal.SIG_DFL:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            # Its default action ends the process: not while nothing governs yet, nor in mode "off".
+            signal.signal(kill_signal, signal.SIG_IGN)
     governing = controller or load_controller(recipe.controller.name, **recipe.controller.options)
     with joined(recipe.train.device) as ranks:
-        finished = ranks.first(lambda: _enter(Path(out), resume, recipe, mode))
+        finished = ranks.first(lambda: _enter(Path(out), resume, recipe, mode, governing))
         if finished is not None:
             return finished
         return _run(recipe, Path(out), ranks, governing, mode, kill_signal, sinks, progress)
 
 
-def _enter(folder: Path, resume: bool, recipe: Recipe, mode: Mode) -> dict[str, Any] | None:
+def _enter(folder: Path, resume: bool, recipe: Recipe, mode: Mode, governing: Controller) -> dict[str, Any] | None:
     """Makes the folder of a run or accepts it; the summary, where the run is finished already."""
     prepare_output(folder, resume)
     check_same_recipe(folder / RECIPE, recipe)
@@ -133,6 +144,7 @@ def _enter(folder: Path, resume: bool, recipe: Recipe, mode: Mode) -> dict[str, 
                 f"resume: {folder / SUMMARY} is damaged ({e}); accepted: a run's own, or a new --out"
             ) from e
         check_same_mode(folder, finished_in, mode)
+        check_same_inputs(folder, summary, recipe.data, governing)
         return summary
     refuse_former_checkpoint(folder)
     return None
@@ -311,6 +323,7 @@ def _summarise(task: TrainingTask, governor: Governor, record: _Record, failures
         "checkpoint_failures": failures,
         "code": record.code,
         "corpus_sha256": task.corpus_sha256,
+        "policy": fingerprint_of(governor.controller),
         "governor": governance,
     }
 

@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lbw_rl.controller import Controller
+from lbw_rl.controllers.ppo import FrozenPolicy
 from lbw_rl.envs.recipe import Recipe, recipe_from_dict
+from lbw_rl.envs.specs import DataSpec
+from lbw_rl.envs.text import file_stamp, load_text
 
 
 def check_same_recipe(path: Path, recipe: Recipe) -> None:
@@ -45,6 +49,24 @@ def check_same_mode(folder: Path, saved: dict[str, Any], mode: str) -> None:
     """
     if saved["mode"] != mode:
         raise ValueError(f"mode: {folder} was started with {saved['mode']!r}; accepted: the same mode, or a new --out")
+
+
+def fingerprint_of(controller: Controller) -> str | None:
+    """Which frozen policy governs; None for a rule."""
+    return controller.policy.fingerprint if isinstance(controller, FrozenPolicy) else None
+
+
+def check_same_inputs(folder: Path, summary: dict[str, Any], data: DataSpec, controller: Controller) -> None:
+    """Compares what a recipe only names, a text and a policy, with what a finished run found under those names.
+
+    Raises:
+        ValueError: the file of the text, or the folder of the policy, holds something else by now.
+    """
+    accepted = "accepted: what it held then, or a new --out"
+    if "policy" in summary and summary["policy"] != fingerprint_of(controller):
+        raise ValueError(f"resume: {folder} was governed by another policy of that name; {accepted}")
+    if file_stamp(data) is not None and load_text(data).sha256 != summary.get("corpus_sha256"):
+        raise ValueError(f"resume: {folder} was trained on another text than {data.corpus} holds now; {accepted}")
 
 
 def refuse_former_checkpoint(folder: Path) -> None:

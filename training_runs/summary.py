@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+from lbw_rl.registry import RULES
 from lbw_rl.training_runs.intervals import judge, mean_interval
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ Cells = dict[tuple[str, float], list["Row"]]
 UNGOVERNED = frozenset({"", "none", "off", "constant"})
 """Names of `controller` that leave the optimizer alone; `constant` still observes it."""
 
-_RULES = UNGOVERNED | {"pid", "entropic", "lbw-guard", "random"}
+_CONTROLS = frozenset({"random", "open-loop"})
+_NOT_LEARNED = UNGOVERNED | _CONTROLS | set(RULES)
 
 
 def capped(row: Row) -> float:
@@ -49,8 +51,8 @@ def default_subjects(rows: Sequence[Row], reference_arm: str) -> list[str]:
     """The arms that the verdict is about: the frozen policies, or every governed arm if there is none."""
     governed = {row.arm: row.controller for row in rows if row.controller not in UNGOVERNED}
     governed.pop(reference_arm, None)
-    learned = [arm for arm, c in governed.items() if c not in _RULES and "untrained" not in arm]
-    return learned or [arm for arm, c in governed.items() if c != "random"]
+    learned = [arm for arm, c in governed.items() if c not in _NOT_LEARNED and "untrained" not in arm]
+    return learned or [arm for arm, c in governed.items() if c not in _CONTROLS]
 
 
 def summarise(rows: Sequence[Row], reference_arm: str, subjects: Sequence[str] | None = None) -> dict[str, Any]:

@@ -276,13 +276,13 @@ def compare(
     chosen = override(load_recipe(recipe), settings or [])
 
     from lbw_rl.training_runs.compare import compare as compare_arms
-    from lbw_rl.training_runs.compare import refuse_what_grids_decide
+    from lbw_rl.training_runs.compare import refuse_for_all_arms
     from lbw_rl.training_runs.grid import parse_arms, parse_multiplier
     from lbw_rl.training_runs.report import build_report, render_table
     from lbw_rl.training_runs.workers import check_backend
 
     where = check_backend(backend)
-    refuse_what_grids_decide(settings or [])
+    refuse_for_all_arms(settings or [])
 
     with meter(f"comparing on {chosen.name}") as m:
         results = compare_arms(

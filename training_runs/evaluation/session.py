@@ -93,6 +93,8 @@ def evaluate(
     """
     if not policies:
         raise ValueError("policies: none given; accepted: one or more folders of frozen policies")
+    if len({path.resolve() for path in policies}) < len(policies):
+        raise ValueError(f"policies: {', '.join(map(str, policies))}; accepted: one or more folders, each once")
     digests = {str(path): load_policy(path).header.weights_sha256 for path in policies}
     folder = prepare_output(out, resume)
     (folder / "ends").mkdir(exist_ok=True)
