@@ -287,3 +287,44 @@ def test_a_loss_whose_labels_are_not_shifted_is_taken_as_it_is():
         loss.backward()
         optimizer.step()
         assert governor.last_telemetry.loss == pytest.approx(loss.item())
+
+
+def test_a_model_that_sees_images_tells_its_own_mean_loss_under_accumulation():
+    """Its micro-batches' losses are shares of the whole step's, as those of a causal model are."""
+    text = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    tokens = {f"{name}_token_id": n for n, name in enumerate(("image", "video", "vision_start", "vision_end"), 3)}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
+    model = transformers.Qwen2VLForConditionalGeneration(config).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    batch = torch.randint(10, 64, (4, 12))
+    mean = model(input_ids=batch, labels=batch).loss.item()
+    with Governor(optimizer, "constant", model=model, measure_device=False) as governor:
+        for part in batch:
+            share = model(input_ids=part[None], labels=part[None], num_items_in_batch=4 * 11).loss
+            share.backward()
+        optimizer.step()
+    assert share.item() < mean / 2
+    assert governor.last_telemetry.loss == pytest.approx(mean, rel=1e-5)
+
+
+def test_the_loss_of_a_model_that_returns_a_dict_is_heard(make_lm, tokens):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm = make_lm()
+
+        def forward(self, input_ids, labels):
+            return {"loss": self.lm(input_ids=input_ids, labels=labels).loss}
+
+    model = Plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with Governor(optimizer, "constant", model=model, measure_device=False) as governor:
+        loss = model(tokens(0), tokens(0))["loss"]
+        loss.backward()
+        optimizer.step()
+    assert governor.last_telemetry.loss == loss.item()
