@@ -89,7 +89,7 @@ def test_no_decision_reads_a_tensor_but_those_of_the_decision_before(make_mlp, m
     model = make_mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-2), fused=True)
     governor = Governor(optimizer, "lbw-guard", total_steps=12, late=True, decide_every=2, model=model)
-    for module in ("governor", "sgd_rate"):
+    for module in ("governor", "leading_group", "sgd_rate"):
         monkeypatch.setattr(
             f"lbw_rl.{module}.rate_on_host", lambda group: math.nan
         )  # on a device the rate comes with the rest

@@ -160,6 +160,6 @@ def test_the_ledgers_of_two_runs_in_one_file_are_told_apart(make_mlp, tmp_path):
             backward(model)
             optimizer.step()
     records = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
-    assert [r.get("controller") for r in records if r["type"] == "header"] == ["constant", "pid"]
+    assert [r.get("controller") for r in records if r["type"] == "header"] == ["constant", "pid", "pid"]
     with pytest.raises(ValueError, match="holds several runs; accepted: one run a ledger"):
         replay(tmp_path / "l.jsonl", load_controller("pid"))
