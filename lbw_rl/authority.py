@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -58,6 +60,15 @@ class Authority(BaseModel):
                 f"{bounds} must be (low, high) with 0 < low <= 1 <= high < inf, so that leaving alone is allowed"
             )
         return bounds
+
+    @classmethod
+    def of(cls, rights: Authority | Mapping[str, Any] | None) -> Authority:
+        """The authority itself, one of the mapping's fields, or the default.
+
+        Raises:
+            ValueError: a field that there is not, or a value that it does not take.
+        """
+        return rights if isinstance(rights, Authority) else cls(**(rights or {}))
 
     def clip(self, action: Action, previous_lr_scale: float = 1.0) -> tuple[Action, list[str]]:
         """Holds the scales of a finite action to the bounds, and a hand-over to the permission; says what it changed.

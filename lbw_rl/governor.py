@@ -129,7 +129,7 @@ class Governor:
         if governs(mode) and self._claim.refused:
             raise ValueError("optimizer: another governor governs it; accepted: close() that one first")
         self.controller = load_controller(controller)
-        self.authority = authority if isinstance(authority, Authority) else Authority(**(authority or {}))
+        self.authority = Authority.of(authority)
         facts = trainable(optimizer)
         self.context = Context(
             total_steps=total_steps,

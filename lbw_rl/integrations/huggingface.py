@@ -94,7 +94,7 @@ class GovernorCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.controller = load_controller(controller)
         self._name = _rebuildable_name(controller)
-        rights = authority if isinstance(authority, Authority) else Authority(**(authority or {}))
+        rights = Authority.of(authority)
         self._options: dict[str, Any] = {"authority": rights, "mode": check_mode(mode), "ledger": ledger, "seed": seed}
         self._options |= {"decide_every": decide_every, "control": control, "kill_signal": kill_signal, "late": late}
         self._options |= {"snapshot_bytes": snapshot_bytes, "measure_device": measure_device}

@@ -108,7 +108,7 @@ class GovernorCallback(Callback):
         self.controller = load_controller(controller)
         self._total_steps, self._stateful, self._device_index = total_steps, dict(stateful or {}), device_index
         self._options: dict[str, Any] = {
-            "authority": authority if isinstance(authority, Authority) else Authority(**(authority or {})),
+            "authority": Authority.of(authority),
             "mode": check_mode(mode),
             "ledger": ledger,
             "decide_every": decide_every,
